@@ -1,0 +1,25 @@
+// The 16-bit types as they lie in memory. Arithmetic happens in float; see simd.h for the
+// conversions.
+#ifndef FUSEDLOSS_KERNELS_HALF_H_
+#define FUSEDLOSS_KERNELS_HALF_H_
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fusedloss {
+
+struct Half {  // IEEE 754 binary16
+  uint16_t bits;
+};
+
+struct BFloat16 {  // the upper half of a float
+  uint16_t bits;
+};
+
+// What sums over a T are held in: float64 for float64, float32 for all else.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+}  // namespace fusedloss
+
+#endif  // FUSEDLOSS_KERNELS_HALF_H_

@@ -1,0 +1,332 @@
+// Vectors of the widest kind that the translation unit is compiled for, on GCC's vector extension.
+// Everything lies in a namespace named after that kind, so that the linker cannot replace one
+// version by another. FUSEDLOSS_CPU_LEVEL is baseline, avx2 or avx512.
+#ifndef FUSEDLOSS_KERNELS_SIMD_H_
+#define FUSEDLOSS_KERNELS_SIMD_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/half.h"
+
+#define FUSEDLOSS_INLINE inline __attribute__((always_inline))
+// On a lambda, which takes no `inline`.
+#define FUSEDLOSS_FLATTEN __attribute__((always_inline))
+
+namespace fusedloss::FUSEDLOSS_CPU_LEVEL {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <typename A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  static constexpr int kLanes = kVectorBytes / 4;
+  typedef float Value __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  static constexpr int kLanes = kVectorBytes / 8;
+  typedef double Value __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename A>
+using Vec = typename VectorOf<A>::Value;
+template <typename A>
+using Mask = typename VectorOf<A>::Mask;  // a lane is 0 or −1
+template <typename A>
+inline constexpr int kLanes = VectorOf<A>::kLanes;
+
+template <typename To, typename From>
+FUSEDLOSS_INLINE To BitCast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Set(A x) {
+  return x - Vec<A>{};  // −0 − 0 is −0: every x comes back as it is
+}
+
+template <typename A>
+FUSEDLOSS_INLINE Mask<A> LaneIds() {
+  Mask<A> ids;
+  for (int i = 0; i < kLanes<A>; ++i) ids[i] = i;
+  return ids;
+}
+
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Select(Mask<A> mask, Vec<A> yes, Vec<A> no) {
+  // Not `mask ? yes : no`: GCC 12 breaks on it where it combines with a comparison.
+  return BitCast<Vec<A>>((BitCast<Mask<A>>(yes) & mask) | (BitCast<Mask<A>>(no) & ~mask));
+}
+
+// x where the mask is set, else 0, whatever x is.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Keep(Mask<A> mask, Vec<A> x) {
+  return BitCast<Vec<A>>(BitCast<Mask<A>>(x) & mask);
+}
+
+template <typename A>
+FUSEDLOSS_INLINE bool Any(Mask<A> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(BitCast<__m512i>(mask), BitCast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(BitCast<__m256i>(mask), BitCast<__m256i>(mask));
+#else
+  return _mm_movemask_epi8(BitCast<__m128i>(mask)) != 0;
+#endif
+}
+
+// The lower of a NaN and a number is the number or the NaN: callers must not care.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Max(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+// Butterflies: every lane ends up with the same sum (or greatest) of all lanes.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> SumOfLanes(Vec<A> v) {
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    v += __builtin_shuffle(v, LaneIds<A>() ^ width);
+  }
+  return v;
+}
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> MaxOfLanes(Vec<A> v) {
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+    v = Max<A>(v, __builtin_shuffle(v, LaneIds<A>() ^ width));
+  }
+  return v;
+}
+
+// ---- Memory: a vector of A from kLanes<A> consecutive T, and back, rounding to nearest even.
+
+FUSEDLOSS_INLINE Vec<float> Load(const float* from) {
+  Vec<float> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+FUSEDLOSS_INLINE Vec<double> Load(const double* from) {
+  Vec<double> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t FloatBits __attribute__((vector_size(kVectorBytes)));
+
+FUSEDLOSS_INLINE HalfBits LoadBits(const void* from) {
+  HalfBits bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return bits;
+}
+
+FUSEDLOSS_INLINE Vec<float> Load(const BFloat16* from) {
+  return BitCast<Vec<float>>(__builtin_convertvector(LoadBits(from), FloatBits) << 16);
+}
+
+FUSEDLOSS_INLINE HalfBits Round(Vec<float> v, BFloat16) {
+  FloatBits bits = BitCast<FloatBits>(v);
+  FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  FloatBits quiet_nan = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? rounded : quiet_nan, HalfBits);
+}
+
+#if defined(__AVX512F__)
+FUSEDLOSS_INLINE Vec<float> Load(const Half* from) {
+  return _mm512_cvtph_ps(BitCast<__m256i>(LoadBits(from)));
+}
+FUSEDLOSS_INLINE HalfBits Round(Vec<float> v, Half) {
+  return BitCast<HalfBits>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+FUSEDLOSS_INLINE Vec<float> Load(const Half* from) {
+  return _mm256_cvtph_ps(BitCast<__m128i>(LoadBits(from)));
+}
+FUSEDLOSS_INLINE HalfBits Round(Vec<float> v, Half) {
+  return BitCast<HalfBits>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+FUSEDLOSS_INLINE Vec<float> Load(const Half* from) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<float>(BitCast<_Float16>(from[i]));
+  return v;
+}
+FUSEDLOSS_INLINE HalfBits Round(Vec<float> v, Half) {
+  HalfBits bits;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    bits[i] = BitCast<uint16_t>(static_cast<_Float16>(v[i]));
+  }
+  return bits;
+}
+#endif
+
+FUSEDLOSS_INLINE void Store(float* to, Vec<float> v) { __builtin_memcpy(to, &v, sizeof(v)); }
+FUSEDLOSS_INLINE void Store(double* to, Vec<double> v) { __builtin_memcpy(to, &v, sizeof(v)); }
+template <typename T>
+FUSEDLOSS_INLINE void Store(T* to, Vec<float> v) {
+  HalfBits bits = Round(v, T{});
+  __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+// Past the caches, for what is larger than they are: an ordinary store first reads the line that
+// it overwrites. `to` is aligned to the bytes stored.
+FUSEDLOSS_INLINE void StreamBits(void* to, const void* from, int bytes) {
+#if defined(__AVX512F__)
+  if (bytes == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(to),
+                               _mm512_loadu_si512(static_cast<const __m512i*>(from)));
+  }
+#endif
+#if defined(__AVX2__)
+  if (bytes == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to),
+                               _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  }
+#endif
+  if (bytes == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to),
+                            _mm_loadu_si128(static_cast<const __m128i*>(from)));
+  }
+  long long word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  _mm_stream_si64(static_cast<long long*>(to), word);
+}
+FUSEDLOSS_INLINE void Stream(float* to, Vec<float> v) { StreamBits(to, &v, sizeof(v)); }
+FUSEDLOSS_INLINE void Stream(double* to, Vec<double> v) { StreamBits(to, &v, sizeof(v)); }
+template <typename T>
+FUSEDLOSS_INLINE void Stream(T* to, Vec<float> v) {
+  HalfBits bits = Round(v, T{});
+  StreamBits(to, &bits, sizeof(bits));
+}
+
+// The first `count` < kLanes<A> of a vector; the others load as zero and are not stored.
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_INLINE Vec<A> LoadFirst(const T* from, int count) {
+  T padded[kLanes<A>] = {};
+  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  return Load(padded);
+}
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_INLINE void StoreFirst(T* to, Vec<A> v, int count) {
+  T padded[kLanes<A>];
+  Store(padded, v);
+  for (int i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+// One number, converted as a vector's lanes are.
+template <typename T>
+FUSEDLOSS_INLINE Accumulator<T> LoadOne(const T* from) {
+  return LoadFirst(from, 1)[0];
+}
+
+// Bits [first, first + kLanes) of a bit set as a mask. Reads up to 4 bytes from the first of them.
+template <typename A>
+FUSEDLOSS_INLINE Mask<A> LoadMask(const uint8_t* bits, int64_t first) {
+  uint32_t word;
+  __builtin_memcpy(&word, bits + first / 8, sizeof(word));
+  word >>= first % 8;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    return BitCast<Mask<A>>(_mm512_movm_epi32(static_cast<__mmask16>(word)));
+  } else {
+    return BitCast<Mask<A>>(_mm512_movm_epi64(static_cast<__mmask8>(word)));
+  }
+#else
+  Mask<A> lane_bit = (Mask<A>{} + 1) << LaneIds<A>();
+  return ((Mask<A>{} + static_cast<int>(word & 0xff)) & lane_bit) == lane_bit;
+#endif
+}
+
+// ---- exp and log. The polynomials are minimax fits (Remez, in 40 digits) of the functions named.
+
+template <typename A>
+struct Float;  // what exp and log know of a format
+template <>
+struct Float<float> {
+  static constexpr int kMantissaBits = 23, kBias = 127;
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to the nearest integer
+  static constexpr float kMostNegative = -127;
+  static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
+  // (2^f − 1) / f on [−½, ½]; the relative error of 1 + f·q(f) is 9.2e-8.
+  static constexpr float kExp2[] = {1.3264674577856944e-3f, 9.6715551695350270e-3f,
+                                    5.5507342519798344e-2f, 2.4022241436213270e-1f,
+                                    6.9314697711680302e-1f};
+  // (log((1 + s) / (1 − s)) − 2s) / s³ in s² on [0, 0.0295]; 4.8e-12 of log.
+  static constexpr float kLog[] = {2.3583568964333714e-1f, 2.8537238318480415e-1f,
+                                   4.0000336219369826e-1f, 6.6666665641292473e-1f};
+};
+template <>
+struct Float<double> {
+  static constexpr int kMantissaBits = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kMostNegative = -1023;
+  static constexpr double kLn2High = 0x1.62e42fefa38p-1, kLn2Low = 0x1.ef35793c7673p-45;
+  static constexpr double kExp2[] = {
+      // 3.4e-18
+      4.4347603559936507e-10, 7.0737982422145944e-9, 1.0178199767868759e-7, 1.3215435200521603e-6,
+      1.5252733492350249e-5,  1.5403530457263790e-4, 1.3333558146775756e-3, 9.6181291076109405e-3,
+      5.5504108664820077e-2,  2.4022650695910131e-1, 6.9314718055994533e-1};
+  static constexpr double kLog[] = {
+      // 8.2e-21
+      1.3252752755181986e-1, 1.3249961980135773e-1, 1.5387097653321644e-1, 1.8181775508475526e-1,
+      2.2222222648751624e-1, 2.8571428569072953e-1, 4.0000000000006288e-1, 6.6666666666666661e-1};
+};
+
+template <typename A, int kTerms>
+FUSEDLOSS_INLINE Vec<A> Polynomial(const A (&coefficients)[kTerms], Vec<A> x) {
+  Vec<A> sum = Set(coefficients[0]);
+  for (int i = 1; i < kTerms; ++i) sum = sum * x + coefficients[i];
+  return sum;
+}
+
+// e^x for x <= 0, to within 1.5 ulp near 0 and |x|/8 ulp more away from it: the error of a softmax
+// is relative to its largest term. Zero below the smallest normal number. NaN stays NaN.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
+  using F = Float<A>;
+  constexpr A kLog2E = A(1.44269504088896340736);
+  Vec<A> lowest = Set(A(F::kMostNegative / kLog2E));
+  x = x < lowest ? lowest : x;
+  Vec<A> shifted = x * kLog2E + F::kRound;
+  Vec<A> whole = shifted - F::kRound;
+  Vec<A> fraction = x * kLog2E - whole;
+  Vec<A> power = Polynomial<A>(F::kExp2, fraction) * fraction + A(1);
+  Mask<A> exponent = (BitCast<Mask<A>>(shifted) + F::kBias) << F::kMantissaBits;
+  return power * BitCast<Vec<A>>(exponent);
+}
+
+// The natural logarithm of a positive normal number, within 2 ulp; −Inf of 0. +Inf and NaN stay.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Log(Vec<A> x) {
+  using F = Float<A>;
+  // Split x = mantissa · 2^exponent with the mantissa in [√½, √2).
+  Mask<A> sqrt_half = BitCast<Mask<A>>(Set(A(0.70710678118654752440)));
+  Mask<A> bits = BitCast<Mask<A>>(x);
+  Mask<A> exponent = (bits - sqrt_half) >> F::kMantissaBits;
+  Vec<A> mantissa = BitCast<Vec<A>>(bits - (exponent << F::kMantissaBits));
+  Vec<A> scale = __builtin_convertvector(exponent, Vec<A>);
+  Vec<A> s = (mantissa - A(1)) / (mantissa + A(1));
+  Vec<A> s2 = s * s;
+  Vec<A> low = Polynomial<A>(F::kLog, s2) * s2 * s + scale * F::kLn2Low;
+  Vec<A> log = scale * F::kLn2High + (s + s + low);
+  log = x == A(0) ? Set(A(-__builtin_inf())) : log;
+  return x - x == A(0) ? log : x;
+}
+
+}  // namespace fusedloss::FUSEDLOSS_CPU_LEVEL
+
+#endif  // FUSEDLOSS_KERNELS_SIMD_H_

@@ -1,0 +1,816 @@
+// The row arithmetic of softmax cross-entropy, compiled once per CPU level. A tile is what one pass
+// works on: one row, with the classes in the lanes (Along), or for few classes as many rows as
+// there are lanes, a row in each lane (Across). Both offer the same operations, so the formulas
+// stand once.
+#include "kernels/simd.h"
+#include "kernels/softmax_xent_plan.h"
+
+namespace fusedloss::FUSEDLOSS_CPU_LEVEL {
+namespace {
+
+constexpr int64_t kAcrossClasses = 32;    // up to here a tile has a row per lane
+constexpr int64_t kCachedClasses = 4096;  // up to here exp(z) is kept between the two sweeps
+constexpr int kPlainStats = 2, kRichStats = 5;
+
+// The lanes of a vector that hold classes.
+struct AllLanes {};
+template <typename A>
+struct FirstLanes {
+  int count;
+  Mask<A> mask;
+};
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> KeepLanes(AllLanes, Vec<A> v) {
+  return v;
+}
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> KeepLanes(FirstLanes<A> lanes, Vec<A> v) {
+  return Keep<A>(lanes.mask, v);
+}
+template <typename A>
+FUSEDLOSS_INLINE Mask<A> MaskOf(AllLanes) {
+  return ~Mask<A>{};
+}
+template <typename A>
+FUSEDLOSS_INLINE Mask<A> MaskOf(FirstLanes<A> lanes) {
+  return lanes.mask;
+}
+
+// Several sums (or maxima) side by side, since one would wait for its own latency.
+constexpr int kSlots = 4;
+template <int kIndex>
+struct Slot {
+  static constexpr int value = kIndex;
+};
+
+// Long sums are taken in runs of this many additions, so that rounding errors grow with the number
+// of runs or with their length, not with the product.
+constexpr int64_t kRun = 64;
+template <typename A>
+struct RunningSum {
+  Vec<A> run{}, total{};
+  FUSEDLOSS_INLINE void operator+=(Vec<A> v) { run += v; }
+  FUSEDLOSS_INLINE void EndRun() {
+    total += run;
+    run = Vec<A>{};
+  }
+};
+
+// One row; vector number i holds the classes from i · lanes on.
+template <typename T, bool kDense>
+struct Along {
+  using A = Accumulator<T>;
+  using Sums = A;
+  using V = Vec<A>;
+  static constexpr int kVector = kLanes<A>;
+  static constexpr bool kManyRows = false;
+
+  const SoftmaxXentPlan<A>& plan;
+  const T* predictions;
+  const A* targets;
+  int64_t label;
+  T* gradient;
+  A* cache;  // e^{z − peak} between the two sweeps, of kCachedClasses and a vector more; or null
+
+  Along(const SoftmaxXentPlan<A>& plan, const SoftmaxXentBlock<T>& block, int64_t row, A* cache)
+      : plan(plan),
+        predictions(block.predictions + row * plan.classes),
+        targets(kDense ? block.targets + row * plan.classes : nullptr),
+        label(kDense ? 0 : block.labels[row]),
+        gradient(block.gradient ? block.gradient + row * plan.classes : nullptr),
+        cache(cache) {}
+
+  // Calls fn(first class, lanes, slot) for every vector, and end_run() now and then and at the end.
+  template <typename Fn, typename EndRun>
+  FUSEDLOSS_INLINE void Each(Fn&& fn, EndRun&& end_run) const {
+    int64_t c = 0;
+    while (plan.classes - c > kRun * kVector) {
+      EachOf(c, c + kRun * kVector, fn);
+      end_run();
+      c += kRun * kVector;
+    }
+    EachOf(c, plan.classes, fn);
+    end_run();
+  }
+  // The same, cut so that whole vectors of the gradient are aligned.
+  template <typename Fn>
+  FUSEDLOSS_INLINE void EachAligned(Fn&& fn) const {
+    constexpr int64_t kBytes = kVector * sizeof(T);
+    int64_t first = 0;
+    if (plan.stream) {
+      first = (kBytes - reinterpret_cast<uintptr_t>(gradient) % kBytes) % kBytes / sizeof(T);
+      if (first > plan.classes) first = plan.classes;
+    }
+    if (first > 0) fn(0, First(first), Slot<0>{});
+    EachOf(first, plan.classes, fn);
+  }
+  FUSEDLOSS_INLINE static FirstLanes<A> First(int64_t count) {
+    int lanes = static_cast<int>(count);
+    return {lanes, LaneIds<A>() < Mask<A>{} + lanes};
+  }
+  template <typename Fn>
+  FUSEDLOSS_INLINE static void EachOf(int64_t c, int64_t end, Fn&& fn) {
+    for (; c + kSlots * kVector <= end; c += kSlots * kVector) {
+      fn(c, AllLanes{}, Slot<0>{});
+      fn(c + kVector, AllLanes{}, Slot<1>{});
+      fn(c + 2 * kVector, AllLanes{}, Slot<2>{});
+      fn(c + 3 * kVector, AllLanes{}, Slot<3>{});
+    }
+    for (; c + kVector <= end; c += kVector) fn(c, AllLanes{}, Slot<0>{});
+    if (c < end) fn(c, First(end - c), Slot<0>{});
+  }
+
+  FUSEDLOSS_INLINE V Prediction(int64_t c, AllLanes) const { return Load(predictions + c); }
+  FUSEDLOSS_INLINE V Prediction(int64_t c, FirstLanes<A> lanes) const {
+    return LoadFirst(predictions + c, lanes.count);
+  }
+  FUSEDLOSS_INLINE V Target(int64_t c, AllLanes) const { return Load(targets + c); }
+  FUSEDLOSS_INLINE V Target(int64_t c, FirstLanes<A> lanes) const {
+    return LoadFirst(targets + c, lanes.count);
+  }
+  FUSEDLOSS_INLINE V ClassWeight(int64_t c, AllLanes) const {
+    return plan.class_weight ? Load(plan.class_weight + c) : Set(A(1));
+  }
+  FUSEDLOSS_INLINE V ClassWeight(int64_t c, FirstLanes<A> lanes) const {
+    return plan.class_weight ? LoadFirst(plan.class_weight + c, lanes.count)
+                             : Keep<A>(lanes.mask, Set(A(1)));
+  }
+  template <typename Lanes>
+  FUSEDLOSS_INLINE Mask<A> InSubset(int64_t c, Lanes lanes) const {
+    return plan.in_subset ? LoadMask<A>(plan.in_subset, c) : MaskOf<A>(lanes);
+  }
+  FUSEDLOSS_INLINE bool MayHoldLabel(int64_t c) const {
+    return static_cast<uint64_t>(label - c) < static_cast<uint64_t>(kVector);
+  }
+  FUSEDLOSS_INLINE Mask<A> IsLabel(int64_t c) const {
+    return LaneIds<A>() == Mask<A>{} + static_cast<int>(label - c);
+  }
+
+  FUSEDLOSS_INLINE bool Caches() const { return cache != nullptr; }
+  FUSEDLOSS_INLINE void Cache(int64_t c, V v) const { Store(cache + c, v); }
+  FUSEDLOSS_INLINE V Cached(int64_t c) const { return Load(cache + c); }
+
+  // The next row, into the second-level cache while this one is worked on.
+  FUSEDLOSS_INLINE void Prefetch(int64_t c) const {
+    __builtin_prefetch(predictions + plan.classes + c, 0, 2);
+    if (kDense) __builtin_prefetch(targets + plan.classes + c, 0, 2);
+  }
+
+  FUSEDLOSS_INLINE void Emit(int64_t c, AllLanes, V v) const {
+    if (plan.stream) {
+      Stream(gradient + c, v);
+    } else {
+      Store(gradient + c, v);
+    }
+  }
+  FUSEDLOSS_INLINE void Emit(int64_t c, FirstLanes<A> lanes, V v) const {
+    StoreFirst(gradient + c, v, lanes.count);
+  }
+
+  FUSEDLOSS_INLINE V SumOfRow(V v) const { return SumOfLanes<A>(v); }
+  FUSEDLOSS_INLINE V MaxOfRow(V v) const { return MaxOfLanes<A>(v); }
+
+  // A vector of fn(row of the tile, its label).
+  template <typename Fn>
+  FUSEDLOSS_INLINE V OfLabels(Fn&& fn) const {
+    return Set(fn(0, label));
+  }
+  FUSEDLOSS_INLINE A PredictionAt(int, int64_t c) const { return LoadOne(predictions + c); }
+};
+
+// As many rows as lanes, predictions, targets and gradient transposed into [classes, lanes].
+template <typename A, bool kDense>
+struct Across {
+  using V = Vec<A>;
+  using Sums = A;
+  static constexpr int kVector = kLanes<A>;
+  static constexpr bool kManyRows = true;
+
+  struct Scratch {
+    alignas(64) A predictions[kAcrossClasses * kVector];
+    alignas(64) A targets[kAcrossClasses * kVector];
+    alignas(64) A cache[kAcrossClasses * kVector];  // e^{z − peak}, then the gradient
+    alignas(64) A rows[(kAcrossClasses + 1) * kVector];
+  };
+
+  const SoftmaxXentPlan<A>& plan;
+  Scratch& scratch;
+  bool caches;
+  int64_t labels[kVector];
+  Mask<A> active{};  // the rows that are there and not ignored
+  Mask<A> label_lanes{};
+
+  // `block_labels` of `rows` rows.
+  Across(const SoftmaxXentPlan<A>& plan, const int64_t* block_labels, int rows, Scratch& scratch,
+         bool caches)
+      : plan(plan), scratch(scratch), caches(caches) {
+    for (int r = 0; r < kVector; ++r) {
+      int64_t label = r >= rows ? -1 : kDense ? 0 : block_labels[r];
+      active[r] = label >= 0 ? -1 : 0;
+      labels[r] = label < 0 ? 0 : label;
+      label_lanes[r] = labels[r];
+    }
+  }
+
+  template <typename Fn, typename EndRun>
+  FUSEDLOSS_INLINE void Each(Fn&& fn, EndRun&& end_run) const {
+    EachAligned(fn);
+    end_run();
+  }
+  template <typename Fn>
+  FUSEDLOSS_INLINE void EachAligned(Fn&& fn) const {
+    for (int64_t c = 0; c < plan.classes; ++c) fn(c, AllLanes{}, Slot<0>{});
+  }
+  FUSEDLOSS_INLINE V Prediction(int64_t c, AllLanes) const {
+    return Load(scratch.predictions + c * kVector);
+  }
+  FUSEDLOSS_INLINE V Target(int64_t c, AllLanes) const {
+    return Load(scratch.targets + c * kVector);
+  }
+  FUSEDLOSS_INLINE V ClassWeight(int64_t c, AllLanes) const {
+    return Set(plan.class_weight ? plan.class_weight[c] : A(1));
+  }
+  FUSEDLOSS_INLINE Mask<A> InSubset(int64_t c, AllLanes) const {
+    bool in = !plan.in_subset || (plan.in_subset[c / 8] >> (c % 8)) & 1;
+    return Mask<A>{} - (in ? 1 : 0);
+  }
+  FUSEDLOSS_INLINE bool MayHoldLabel(int64_t) const { return true; }
+  FUSEDLOSS_INLINE Mask<A> IsLabel(int64_t c) const {
+    return label_lanes == Mask<A>{} + static_cast<int>(c);
+  }
+  FUSEDLOSS_INLINE bool Caches() const { return caches; }
+  FUSEDLOSS_INLINE void Cache(int64_t c, V v) const { Store(scratch.cache + c * kVector, v); }
+  FUSEDLOSS_INLINE V Cached(int64_t c) const { return Load(scratch.cache + c * kVector); }
+  FUSEDLOSS_INLINE void Prefetch(int64_t) const {}
+  FUSEDLOSS_INLINE void Emit(int64_t c, AllLanes, V v) const {
+    Store(scratch.cache + c * kVector, Keep<A>(active, v));
+  }
+  FUSEDLOSS_INLINE V SumOfRow(V v) const { return v; }
+  FUSEDLOSS_INLINE V MaxOfRow(V v) const { return v; }
+  template <typename Fn>
+  FUSEDLOSS_INLINE V OfLabels(Fn&& fn) const {
+    V v;
+    for (int r = 0; r < kVector; ++r) v[r] = fn(r, labels[r]);
+    return v;
+  }
+  FUSEDLOSS_INLINE A PredictionAt(int r, int64_t c) const {
+    return scratch.predictions[c * kVector + r];
+  }
+};
+
+// [rows, classes] into [classes, lanes].
+template <typename T, typename Scratch, typename A = Accumulator<T>>
+FUSEDLOSS_INLINE void IntoLanes(const T* from, int rows, int64_t classes, Scratch& scratch, A* to) {
+  constexpr int kVector = kLanes<A>;
+  const A* numbers = scratch.rows;
+  if constexpr (std::is_same_v<T, A>) {
+    numbers = from;
+  } else {
+    int64_t count = rows * classes, i = 0;
+    for (; i + kVector <= count; i += kVector) Store(scratch.rows + i, Load(from + i));
+    if (i < count) Store(scratch.rows + i, LoadFirst(from + i, static_cast<int>(count - i)));
+  }
+  for (int r = 0; r < kVector; ++r) {
+    // Lanes without a row repeat the first one: no NaN is made up, and nothing of them is kept.
+    const A* row = numbers + (r < rows ? r : 0) * classes;
+    for (int64_t c = 0; c < classes; ++c) to[c * kVector + r] = row[c];
+  }
+}
+
+// The gradient in the scratch's cache, back into [rows, classes].
+template <typename T, typename Scratch, typename A = Accumulator<T>>
+FUSEDLOSS_INLINE void IntoRows(Scratch& scratch, int rows, int64_t classes, T* to) {
+  constexpr int kVector = kLanes<A>;
+  A* numbers = scratch.rows;
+  if constexpr (std::is_same_v<T, A>) numbers = to;
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < classes; ++c) numbers[r * classes + c] = scratch.cache[c * kVector + r];
+  }
+  if constexpr (!std::is_same_v<T, A>) {
+    int64_t count = rows * classes, i = 0;
+    for (; i + kVector <= count; i += kVector) Store(to + i, Load(numbers + i));
+    if (i < count) StoreFirst(to + i, Load(numbers + i), static_cast<int>(count - i));
+  }
+}
+
+// What the backward pass needs of a row: for each family its peak (from probabilities: its sum) and
+// its weight times Σ y^F over its sum; and the weight of L_S, 0 in a row that is outside S.
+template <typename A>
+struct RowStats {
+  Vec<A> subset_peak, subset_scale, full_peak, full_scale, subset_weight;
+};
+
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Sum(const RunningSum<A> (&slots)[kSlots]) {
+  return (slots[0].total + slots[1].total) + (slots[2].total + slots[3].total);
+}
+
+template <typename... Sums>
+FUSEDLOSS_INLINE void EndRuns(Sums&... sums) {
+  (sums.EndRun(), ...);
+}
+
+// ---- From logits, and from probabilities with labels, whose logits are log(clip(p)).
+template <bool kLogits, bool kRich, bool kDense, typename Tile>
+struct Softmax {
+  using A = typename Tile::Sums;
+  using V = Vec<A>;
+  const SoftmaxXentPlan<A>& plan;
+  const Tile& tile;
+  // Which normalisers are needed: over all classes, over S alone.
+  const bool full = !kRich || !plan.has_subset || plan.normalize_full || plan.full_weight != 0;
+  const bool subset = kRich && plan.has_subset && !plan.normalize_full;
+
+  FUSEDLOSS_INLINE V Clip(V p) const {
+    p = p < plan.lowest ? Set(plan.lowest) : p;
+    return p > plan.highest ? Set(plan.highest) : p;
+  }
+  FUSEDLOSS_INLINE V Power(V x, V peak) const {
+    if constexpr (kLogits) {
+      return Exp<A>(x - peak);
+    } else {
+      return Clip(x);
+    }
+  }
+  FUSEDLOSS_INLINE V Logit(V x) const {
+    if constexpr (kLogits) {
+      return x;
+    } else {
+      return Log<A>(Clip(x));
+    }
+  }
+
+  // Σ y^F·x from Σ w·y·x and Σ w·x.
+  FUSEDLOSS_INLINE V Smoothed(V of_targets, V of_classes, A size) const {
+    if (plan.label_smoothing == A(0)) return of_targets;
+    return of_targets * plan.one_minus_smoothing + of_classes * (plan.label_smoothing / size);
+  }
+
+  // Whether one exp serves both families: so when their peaks coincide.
+  FUSEDLOSS_INLINE bool SamePeak(const RowStats<A>& stats) const {
+    return full && (!kLogits || !Any<A>(stats.subset_peak != stats.full_peak));
+  }
+
+  FUSEDLOSS_INLINE void FindPeaks(RowStats<A>& stats) const {
+    stats.full_peak = stats.subset_peak = V{};
+    if constexpr (!kLogits) return;
+    V lowest = Set(A(-__builtin_inf()));
+    V all[kSlots] = {lowest, lowest, lowest, lowest}, in = lowest;
+    tile.Each(
+        [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
+          V z = tile.Prediction(c, lanes);
+          z = Select<A>(MaskOf<A>(lanes), z, lowest);
+          all[slot.value] = Max<A>(z, all[slot.value]);
+          if (kRich && subset) in = Max<A>(Select<A>(tile.InSubset(c, lanes), z, lowest), in);
+        },
+        [] {});
+    stats.full_peak = tile.MaxOfRow(Max<A>(Max<A>(all[0], all[1]), Max<A>(all[2], all[3])));
+    if (kRich && subset) {
+      stats.subset_peak = tile.MaxOfRow(in);
+      // Where the peaks are close, e^{z − peak} of all classes is exact enough for S as well.
+      if (full && !Any<A>(!(stats.full_peak - stats.subset_peak <= A(8)))) {
+        stats.subset_peak = stats.full_peak;
+      }
+    }
+  }
+
+  FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
+    FindPeaks(stats);
+    const V subset_reference = subset ? stats.subset_peak : stats.full_peak;
+    const bool same = SamePeak(stats);
+    const bool smoothing = kRich && plan.label_smoothing != 0;
+    RunningSum<A> full_sum[kSlots], subset_sum;
+    // Per family: Σ y, Σ w·y, Σ w·y·(z − reference), Σ w·(z − reference), w the class weights.
+    RunningSum<A> in_targets, in_weighted, in_dot, in_logits;
+    RunningSum<A> all_weighted, all_dot, all_logits;
+    tile.Each(
+        [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
+          V x = tile.Prediction(c, lanes);
+          V power{};
+          if (full) {
+            power = KeepLanes<A>(lanes, Power(x, stats.full_peak));
+            full_sum[slot.value] += power;
+            if (tile.Caches()) tile.Cache(c, power);
+          }
+          if constexpr (!Tile::kManyRows) tile.Prefetch(c);
+          if constexpr (kRich) {
+            Mask<A> in = tile.InSubset(c, lanes);
+            if (subset) {
+              if (!same) power = Power(x, stats.subset_peak);
+              subset_sum += Keep<A>(in, power);
+            }
+            if (kDense || smoothing) {
+              V z = Logit(x);
+              V below_full = z - stats.full_peak, below_subset = z - subset_reference;
+              V weight = tile.ClassWeight(c, lanes);
+              if constexpr (kDense) {
+                V target = tile.Target(c, lanes);
+                V weighted = weight * target;
+                Mask<A> counts = weighted != A(0);
+                in_targets += Keep<A>(in, target);
+                in_weighted += Keep<A>(in, weighted);
+                in_dot += Keep<A>(in & counts, weighted * below_subset);
+                all_weighted += weighted;
+                all_dot += Keep<A>(counts, weighted * below_full);
+              }
+              if (smoothing) {
+                Mask<A> counts = weight != A(0);
+                in_logits += Keep<A>(in & counts, weight * below_subset);
+                all_logits += Keep<A>(counts, weight * below_full);
+              }
+            }
+          } else if constexpr (kDense) {
+            V target = tile.Target(c, lanes);
+            all_weighted += target;
+            all_dot += Keep<A>(target != A(0), target * (x - stats.full_peak));
+          }
+        },
+        [&] {
+          EndRuns(full_sum[0], full_sum[1], full_sum[2], full_sum[3]);
+          if constexpr (kRich)
+            EndRuns(subset_sum, in_targets, in_weighted, in_dot, in_logits, all_logits);
+          if constexpr (kDense) EndRuns(all_weighted, all_dot);
+        });
+    V sum = tile.SumOfRow(Sum(full_sum));
+    V log_sum = Log<A>(sum);
+    V all_weight{}, all_product{}, in_target{}, in_weight{}, in_product{};
+    if constexpr (kDense) {
+      all_weight = tile.SumOfRow(all_weighted.total);
+      all_product = tile.SumOfRow(all_dot.total);
+      in_target = tile.SumOfRow(in_targets.total);
+      in_weight = tile.SumOfRow(in_weighted.total);
+      in_product = tile.SumOfRow(in_dot.total);
+    } else {
+      V z = Logit(tile.OfLabels([&](int r, int64_t c) { return tile.PredictionAt(r, c); }));
+      all_weight = tile.OfLabels(
+          [&](int, int64_t c) { return kRich && plan.class_weight ? plan.class_weight[c] : A(1); });
+      all_product = all_weight * (z - stats.full_peak);
+      if constexpr (kRich) {
+        in_target = tile.OfLabels([&](int, int64_t c) {
+          return A(!plan.in_subset || (plan.in_subset[c / 8] >> (c % 8)) & 1);
+        });
+        in_weight = all_weight * in_target;
+        in_product = Keep<A>(in_target != A(0), all_weight * (z - subset_reference));
+      }
+    }
+    if constexpr (!kRich) {
+      stats.full_scale = all_weight / sum;
+      return all_weight * log_sum - all_product;
+    }
+    V loss{};
+    if (!plan.has_subset || plan.full_weight != 0) {
+      A size = A(plan.classes);
+      V targets = Smoothed(all_weight, Set(plan.full_class_weight), size);
+      V product = Smoothed(all_product, tile.SumOfRow(all_logits.total), size);
+      loss = plan.full_weight * (targets * log_sum - product);
+      stats.full_scale = plan.full_weight * targets / sum;
+    }
+    if (plan.has_subset) {
+      if (subset) {
+        sum = tile.SumOfRow(subset_sum.total);
+        log_sum = Log<A>(sum);
+      }
+      Mask<A> inside = in_target != A(0);
+      V targets = Smoothed(in_weight, Set(plan.subset_class_weight), plan.subset_size);
+      V product = Smoothed(in_product, tile.SumOfRow(in_logits.total), plan.subset_size);
+      loss += Keep<A>(inside, plan.subset_weight * (targets * log_sum - product));
+      V scale = Keep<A>(inside, plan.subset_weight * targets / sum);
+      (subset ? stats.subset_scale : stats.full_scale) += scale;
+      stats.subset_weight = Keep<A>(inside, Set(plan.subset_weight));
+    }
+    return loss;
+  }
+
+  // A tile with a cache has e^{z − peak} of all classes in it from the forward pass.
+  FUSEDLOSS_INLINE void Backward(const RowStats<A>& stats, V cotangent) const {
+    const bool same = SamePeak(stats);
+    const V full_scale = stats.full_scale * cotangent;
+    const V subset_scale = stats.subset_scale * cotangent;
+    const Mask<A> inside = stats.subset_weight != A(0);
+    const V smooth_in = stats.subset_weight * (plan.label_smoothing / plan.subset_size);
+    const A smooth_all = plan.full_weight * (plan.label_smoothing / A(plan.classes));
+    tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
+      V power{}, pull{};
+      V x = tile.Prediction(c, lanes);
+      if (full) {
+        power = tile.Caches() ? tile.Cached(c) : Power(x, stats.full_peak);
+        pull = full_scale * power;
+      }
+      if constexpr (kRich) {
+        Mask<A> in = tile.InSubset(c, lanes) & inside;
+        if (subset) {
+          if (!same) power = Power(x, stats.subset_peak);
+          pull += Keep<A>(in, subset_scale * power);
+        }
+        V of_target = Keep<A>(in, stats.subset_weight) + plan.full_weight;
+        if constexpr (kDense) {
+          V target = of_target * plan.one_minus_smoothing * tile.Target(c, lanes);
+          target += Keep<A>(in, smooth_in) + smooth_all;
+          pull -= cotangent * tile.ClassWeight(c, lanes) * target;
+        } else {
+          if (plan.label_smoothing != 0) {
+            pull -= cotangent * tile.ClassWeight(c, lanes) * (Keep<A>(in, smooth_in) + smooth_all);
+          }
+          if (tile.MayHoldLabel(c)) {
+            V target = of_target * plan.one_minus_smoothing * tile.ClassWeight(c, lanes);
+            pull -= Keep<A>(tile.IsLabel(c), cotangent * target);
+          }
+        }
+      } else if constexpr (kDense) {
+        pull -= cotangent * tile.Target(c, lanes);
+      } else if (tile.MayHoldLabel(c)) {
+        pull -= Keep<A>(tile.IsLabel(c), cotangent);
+      }
+      if constexpr (!kLogits) {
+        // d log(clip(p)) / dp is 1/p between the bounds, else 0.
+        Mask<A> clipped = (x < plan.lowest) | (x > plan.highest);
+        pull = Keep<A>(~clipped, pull / x);
+      }
+      tile.Emit(c, lanes, pull);
+    });
+  }
+};
+
+// ---- From probabilities with dense targets.
+template <bool kRich, typename Tile>
+struct Divided {
+  using A = typename Tile::Sums;
+  using V = Vec<A>;
+  const SoftmaxXentPlan<A>& plan;
+  const Tile& tile;
+
+  // p / sum between the bounds, as the bounds of p.
+  struct Bounds {
+    V lowest, highest;
+    FUSEDLOSS_INLINE Bounds(const SoftmaxXentPlan<A>& plan, V sum)
+        : lowest(plan.lowest * sum), highest(plan.highest * sum) {}
+    FUSEDLOSS_INLINE Mask<A> Below(V p) const { return p < lowest; }
+    FUSEDLOSS_INLINE Mask<A> Above(V p) const { return p > highest; }
+    FUSEDLOSS_INLINE Mask<A> Between(V p) const { return ~(Below(p) | Above(p)); }
+  };
+
+  // log(clip(p / sum))
+  FUSEDLOSS_INLINE V LogShare(const Bounds& bounds, V p, V log_p, V log_sum, V log_lowest,
+                              V log_highest) const {
+    V share = log_p - log_sum;
+    share = Select<A>(bounds.Below(p), log_lowest, share);
+    return Select<A>(bounds.Above(p), log_highest, share);
+  }
+
+  FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
+    RunningSum<A> all[kSlots], in_sum, in_targets;
+    tile.Each(
+        [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
+          V p = tile.Prediction(c, lanes);
+          all[slot.value] += p;
+          if constexpr (kRich) {
+            Mask<A> in = tile.InSubset(c, lanes);
+            in_sum += Keep<A>(in, p);
+            in_targets += Keep<A>(in, tile.Target(c, lanes));
+          }
+        },
+        [&] { EndRuns(all[0], all[1], all[2], all[3], in_sum, in_targets); });
+    const V full_sum = tile.SumOfRow(Sum(all));
+    V subset_sum = full_sum;
+    if (kRich && plan.has_subset && !plan.normalize_full) subset_sum = tile.SumOfRow(in_sum.total);
+    Mask<A> inside{};
+    if (kRich && plan.has_subset) inside = tile.SumOfRow(in_targets.total) != A(0);
+
+    const V log_lowest = Log<A>(Set(plan.lowest)), log_highest = Log<A>(Set(plan.highest));
+    const V full_log = Log<A>(full_sum), subset_log = Log<A>(subset_sum);
+    const Bounds full_bounds(plan, full_sum), subset_bounds(plan, subset_sum);
+    const A smooth_all = plan.label_smoothing / A(plan.classes);
+    const A smooth_in = plan.label_smoothing / plan.subset_size;
+    const bool smoothing = kRich && plan.label_smoothing != 0;
+    // Per family: Σ y^F·log(share), and Σ y^F of the shares that are between the bounds.
+    RunningSum<A> all_dot, all_between, in_dot, in_between;
+    tile.Each(
+        [&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
+          if constexpr (!Tile::kManyRows) tile.Prefetch(c);
+          V target = tile.Target(c, lanes);
+          if (!smoothing && !Any<A>(target != A(0))) return;  // one-hot rows are nearly all zeros
+          V p = tile.Prediction(c, lanes);
+          V log_p = Log<A>(p);
+          V weight = Set(A(1));
+          if constexpr (kRich) {
+            weight = tile.ClassWeight(c, lanes);
+            target *= plan.one_minus_smoothing;
+          }
+          V all_target = weight * (target + (smoothing ? smooth_all : A(0)));
+          V all_share = LogShare(full_bounds, p, log_p, full_log, log_lowest, log_highest);
+          all_dot += Keep<A>(all_target != A(0), all_target * all_share);
+          all_between += Keep<A>(full_bounds.Between(p), all_target);
+          if constexpr (kRich) {
+            Mask<A> in = tile.InSubset(c, lanes);
+            V in_target = Keep<A>(in, weight * (target + (smoothing ? smooth_in : A(0))));
+            V in_share = LogShare(subset_bounds, p, log_p, subset_log, log_lowest, log_highest);
+            in_dot += Keep<A>(in_target != A(0), in_target * in_share);
+            in_between += Keep<A>(subset_bounds.Between(p), in_target);
+          }
+        },
+        [&] { EndRuns(all_dot, all_between, in_dot, in_between); });
+    // NaN and Inf among the predictions reach the loss through their sum.
+    V loss = full_sum * A(0) - tile.SumOfRow(all_dot.total);
+    stats.full_peak = full_sum;
+    stats.full_scale = tile.SumOfRow(all_between.total) / full_sum;
+    if constexpr (kRich) {
+      loss *= plan.full_weight;
+      stats.full_scale *= plan.full_weight;
+      stats.subset_peak = subset_sum;
+      stats.subset_weight = Keep<A>(inside, Set(plan.subset_weight));
+      V subset_loss = subset_sum * A(0) - tile.SumOfRow(in_dot.total);
+      loss += Keep<A>(inside, plan.subset_weight * subset_loss);
+      V scale = Keep<A>(inside, plan.subset_weight * tile.SumOfRow(in_between.total) / subset_sum);
+      stats.subset_scale = plan.normalize_full ? V{} : scale;
+      if (plan.normalize_full) stats.full_scale += scale;
+    }
+    return loss;
+  }
+
+  FUSEDLOSS_INLINE void Backward(const RowStats<A>& stats, V cotangent) const {
+    const Bounds full_bounds(plan, stats.full_peak), subset_bounds(plan, stats.subset_peak);
+    const V full_scale = stats.full_scale * cotangent;
+    const V subset_scale = stats.subset_scale * cotangent;
+    const bool smoothing = kRich && plan.label_smoothing != 0;
+    const A smooth_all = plan.label_smoothing / A(plan.classes);
+    const A smooth_in = plan.label_smoothing / plan.subset_size;
+    tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
+      V target = tile.Target(c, lanes);
+      V pull = full_scale;
+      Mask<A> in{};
+      if constexpr (kRich) {
+        in = tile.InSubset(c, lanes);
+        pull += Keep<A>(in, subset_scale);
+      }
+      if (smoothing || Any<A>(target != A(0))) {
+        V p = tile.Prediction(c, lanes);
+        V share = Keep<A>(full_bounds.Between(p), cotangent / p);
+        if constexpr (kRich) {
+          V weight = tile.ClassWeight(c, lanes);
+          target *= plan.one_minus_smoothing;
+          V all_target = weight * (target + (smoothing ? smooth_all : A(0)));
+          V in_target = weight * (target + (smoothing ? smooth_in : A(0))) * stats.subset_weight;
+          V in_share = Keep<A>(subset_bounds.Between(p), cotangent / p);
+          pull -= Keep<A>(all_target != A(0), plan.full_weight * all_target * share);
+          pull -= Keep<A>(in & (in_target != A(0)), in_target * in_share);
+        } else {
+          pull -= Keep<A>(target != A(0), target * share);
+        }
+      }
+      tile.Emit(c, lanes, pull);
+    });
+  }
+};
+
+template <bool kLogits, bool kRich, bool kDense, typename Tile>
+struct FormulaOf {
+  using Type = Softmax<kLogits, kRich, kDense, Tile>;
+};
+template <bool kRich, typename Tile>
+struct FormulaOf<false, kRich, true, Tile> {
+  using Type = Divided<kRich, Tile>;
+};
+
+// Out of line: each of these is large, and stands once for all passes.
+template <typename Formula, typename Tile, typename A = typename Tile::Sums>
+__attribute__((noinline)) Vec<A> Forward(const SoftmaxXentPlan<A>& plan, const Tile& tile,
+                                         RowStats<A>& stats) {
+  return Formula{plan, tile}.Forward(stats);
+}
+template <typename Formula, typename Tile, typename A = typename Tile::Sums>
+__attribute__((noinline)) void Backward(const SoftmaxXentPlan<A>& plan, const Tile& tile,
+                                        const RowStats<A>& stats, Vec<A> cotangent) {
+  Formula{plan, tile}.Backward(stats, cotangent);
+}
+
+template <typename A>
+FUSEDLOSS_INLINE void SaveStats(const RowStats<A>& stats, bool rich, int lane, A* to) {
+  if (rich) {
+    to[0] = stats.subset_peak[lane];
+    to[1] = stats.subset_scale[lane];
+    to[2] = stats.full_peak[lane];
+    to[3] = stats.full_scale[lane];
+    to[4] = stats.subset_weight[lane];
+  } else {
+    to[0] = stats.full_peak[lane];
+    to[1] = stats.full_scale[lane];
+  }
+}
+
+template <typename A>
+FUSEDLOSS_INLINE void LoadStats(const A* from, bool rich, int lane, RowStats<A>& stats) {
+  if (rich) {
+    stats.subset_peak[lane] = from[0];
+    stats.subset_scale[lane] = from[1];
+    stats.full_peak[lane] = from[2];
+    stats.full_scale[lane] = from[3];
+    stats.subset_weight[lane] = from[4];
+  } else {
+    stats.full_peak[lane] = from[0];
+    stats.full_scale[lane] = from[1];
+  }
+}
+
+enum class Pass { kForward, kBackward, kBoth };
+
+template <typename T, bool kLogits, bool kRich, bool kDense>
+void RunAlong(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
+              const SoftmaxXentBlock<T>& block) {
+  using A = Accumulator<T>;
+  using Tile = Along<T, kDense>;
+  using Formula = typename FormulaOf<kLogits, kRich, kDense, Tile>::Type;
+  constexpr int kStats = kRich ? kRichStats : kPlainStats;
+  alignas(64) A memory[kCachedClasses + kLanes<A>];
+  A* cache = pass == Pass::kBoth && plan.classes <= kCachedClasses ? memory : nullptr;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    Tile tile(plan, block, row, cache);
+    RowStats<A> stats{};
+    A* saved = block.stats ? block.stats + row * kStats : nullptr;
+    if (!kDense && tile.label < 0) {
+      if (block.loss) block.loss[row] = 0;
+      if (pass == Pass::kForward) SaveStats<A>(stats, kRich, 0, saved);
+      if (block.gradient) __builtin_memset(tile.gradient, 0, plan.classes * sizeof(T));
+      continue;
+    }
+    if (pass == Pass::kBackward) {
+      for (int lane = 0; lane < kLanes<A>; ++lane) LoadStats<A>(saved, kRich, lane, stats);
+    } else {
+      block.loss[row] = Forward<Formula>(plan, tile, stats)[0];
+    }
+    if (pass == Pass::kForward) {
+      SaveStats<A>(stats, kRich, 0, saved);
+    } else {
+      Backward<Formula>(plan, tile, stats, Set(block.cotangents[row]));
+    }
+  }
+  if (plan.stream) _mm_sfence();
+}
+
+template <typename T, bool kLogits, bool kRich, bool kDense>
+void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
+               const SoftmaxXentBlock<T>& block) {
+  using A = Accumulator<T>;
+  using Tile = Across<A, kDense>;
+  using Formula = typename FormulaOf<kLogits, kRich, kDense, Tile>::Type;
+  constexpr int kStats = kRich ? kRichStats : kPlainStats;
+  typename Tile::Scratch scratch;
+  for (int64_t row = 0; row < block.rows; row += kLanes<A>) {
+    const int rows = static_cast<int>(block.rows - row < kLanes<A> ? block.rows - row : kLanes<A>);
+    const int64_t first = row * plan.classes;
+    IntoLanes(block.predictions + first, rows, plan.classes, scratch, scratch.predictions);
+    if (kDense) IntoLanes(block.targets + first, rows, plan.classes, scratch, scratch.targets);
+    Tile tile(plan, kDense ? nullptr : block.labels + row, rows, scratch, pass == Pass::kBoth);
+    RowStats<A> stats{};
+    if (pass == Pass::kBackward) {
+      for (int r = 0; r < rows; ++r)
+        LoadStats<A>(block.stats + (row + r) * kStats, kRich, r, stats);
+    } else {
+      Vec<A> loss = Keep<A>(tile.active, Forward<Formula>(plan, tile, stats));
+      for (int r = 0; r < rows; ++r) block.loss[row + r] = loss[r];
+    }
+    if (pass == Pass::kForward) {
+      for (int r = 0; r < rows; ++r)
+        SaveStats<A>(stats, kRich, r, block.stats + (row + r) * kStats);
+    } else {
+      Vec<A> cotangents{};
+      for (int r = 0; r < rows; ++r) cotangents[r] = block.cotangents[row + r];
+      Backward<Formula>(plan, tile, stats, cotangents);
+      IntoRows(scratch, rows, plan.classes, block.gradient + first);
+    }
+  }
+}
+
+template <typename T, bool kLogits, bool kRich, bool kDense>
+void RunTiles(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
+              const SoftmaxXentBlock<T>& block) {
+  if (plan.classes <= kAcrossClasses) {
+    RunAcross<T, kLogits, kRich, kDense>(pass, plan, block);
+  } else {
+    RunAlong<T, kLogits, kRich, kDense>(pass, plan, block);
+  }
+}
+
+template <typename T, Pass kPass>
+void Run(const SoftmaxXentPlan<Accumulator<T>>& plan, const SoftmaxXentBlock<T>& block) {
+  using Tiles = void (*)(Pass, const SoftmaxXentPlan<Accumulator<T>>&, const SoftmaxXentBlock<T>&);
+  static constexpr Tiles kTiles[2][2][2] = {
+      {{RunTiles<T, false, false, false>, RunTiles<T, false, false, true>},
+       {RunTiles<T, false, true, false>, RunTiles<T, false, true, true>}},
+      {{RunTiles<T, true, false, false>, RunTiles<T, true, false, true>},
+       {RunTiles<T, true, true, false>, RunTiles<T, true, true, true>}}};
+  kTiles[plan.from_logits][plan.rich][block.targets != nullptr](kPass, plan, block);
+}
+
+}  // namespace
+
+template <typename T>
+SoftmaxXentPasses<T> GetSoftmaxXentPasses() {
+  return {Run<T, Pass::kForward>, Run<T, Pass::kBackward>, Run<T, Pass::kBoth>};
+}
+
+template SoftmaxXentPasses<float> GetSoftmaxXentPasses();
+template SoftmaxXentPasses<double> GetSoftmaxXentPasses();
+template SoftmaxXentPasses<Half> GetSoftmaxXentPasses();
+template SoftmaxXentPasses<BFloat16> GetSoftmaxXentPasses();
+
+}  // namespace fusedloss::FUSEDLOSS_CPU_LEVEL

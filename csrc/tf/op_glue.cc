@@ -1,0 +1,298 @@
+#include "tf/op_glue.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <map>
+#include <memory>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "tensorflow/core/framework/node_def_util.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+#include "tensorflow/core/platform/blocking_counter.h"
+
+namespace fusedloss {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::shape_inference::DimensionHandle;
+using ::tensorflow::shape_inference::InferenceContext;
+using ::tensorflow::shape_inference::ShapeHandle;
+
+std::map<std::string, Op>& Ops() {
+  static auto* ops = new std::map<std::string, Op>;
+  return *ops;
+}
+
+constexpr int64_t kUnknown = -1;
+
+// A shape as far as it is known. Of an unknown rank nothing is.
+struct PartialDims {
+  bool known_rank = true;
+  Dims dims;  // kUnknown where unknown
+};
+
+std::string Describe(const PartialDims& shape) {
+  if (!shape.known_rank) return "<unknown>";
+  return absl::StrCat("[",
+                      absl::StrJoin(shape.dims, ", ",
+                                    [](std::string* out, int64_t size) {
+                                      absl::StrAppend(out,
+                                                      size == kUnknown ? "?" : absl::StrCat(size));
+                                    }),
+                      "]");
+}
+
+// What the words of a Shapes stand for so far.
+class Bindings {
+ public:
+  // Matches one input; false leaves the bindings as they were.
+  bool Match(const std::string& words, const PartialDims& shape) {
+    Bindings before = *this;
+    for (absl::string_view form : absl::StrSplit(words, " | ")) {
+      if (MatchForm(form, shape)) return true;
+      *this = before;
+    }
+    return false;
+  }
+
+  PartialDims Resolve(const std::string& words) const {
+    PartialDims shape;
+    for (const std::string& word : Words(words)) {
+      if (word == "...") {
+        if (!leading_.known_rank) return leading_;
+        shape.dims.insert(shape.dims.end(), leading_.dims.begin(), leading_.dims.end());
+      } else {
+        shape.dims.push_back(SizeOf(word));
+      }
+    }
+    return shape;
+  }
+
+ private:
+  static std::vector<std::string> Words(absl::string_view words) {
+    return absl::StrSplit(words, ' ', absl::SkipEmpty());
+  }
+
+  int64_t SizeOf(const std::string& word) const {
+    int64_t size;
+    if (absl::SimpleAtoi(word, &size)) return size;
+    auto found = sizes_.find(word);
+    return found == sizes_.end() ? kUnknown : found->second;
+  }
+
+  static bool Merge(int64_t size, int64_t* into) {
+    if (*into == kUnknown) *into = size;
+    return size == kUnknown || size == *into;
+  }
+
+  bool MatchForm(absl::string_view form, const PartialDims& shape) {
+    if (!shape.known_rank) return true;
+    std::vector<std::string> words = Words(form);
+    size_t leading = 0;
+    bool has_leading = !words.empty() && words[0] == "...";
+    if (has_leading) {
+      words.erase(words.begin());
+      if (shape.dims.size() < words.size()) return false;
+      leading = shape.dims.size() - words.size();
+      if (!leading_.known_rank) leading_ = {true, Dims(leading, kUnknown)};
+      if (leading_.dims.size() != leading) return false;
+      for (size_t i = 0; i < leading; ++i) {
+        if (!Merge(shape.dims[i], &leading_.dims[i])) return false;
+      }
+    }
+    if (shape.dims.size() != leading + words.size()) return false;
+    for (size_t i = 0; i < words.size(); ++i) {
+      int64_t size = SizeOf(words[i]);
+      if (!Merge(shape.dims[leading + i], &size)) return false;
+      int64_t literal;
+      if (!absl::SimpleAtoi(words[i], &literal)) sizes_[words[i]] = size;
+    }
+    return true;
+  }
+
+  PartialDims leading_{false, {}};
+  std::map<std::string, int64_t> sizes_;
+};
+
+absl::Status Resolve(const Op& op, const Shapes& shapes, const std::vector<PartialDims>& inputs,
+                     std::vector<PartialDims>* outputs) {
+  Bindings bindings;
+  std::vector<std::string> seen;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    std::pair<std::string, std::string> input = absl::StrSplit(shapes.inputs[i], ": ");
+    seen.push_back(absl::StrCat(input.first, " ", Describe(inputs[i])));
+    if (!bindings.Match(input.second, inputs[i])) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          op.name, ": `", input.first, "` has shape ", Describe(inputs[i]), ", expected [",
+          input.second, "], where equal words mean equal sizes; got ", absl::StrJoin(seen, ", ")));
+    }
+  }
+  for (const std::string& words : shapes.outputs) outputs->push_back(bindings.Resolve(words));
+  return absl::OkStatus();
+}
+
+int64_t Elements(const PartialDims& shape) {
+  if (!shape.known_rank) return kUnknown;
+  int64_t elements = 1;
+  bool known = true;
+  for (int64_t size : shape.dims) {
+    if (size == 0) return 0;
+    known = known && size != kUnknown;
+    elements *= size;
+  }
+  return known ? elements : kUnknown;
+}
+
+template <typename T>
+T AttrOrDie(tensorflow::AttrSlice attrs, const char* name) {
+  T value;
+  TF_CHECK_OK(tensorflow::GetNodeAttr(attrs, name, &value));  // the op's registration has it
+  return value;
+}
+
+class ContextAttributes : public Attributes {
+ public:
+  explicit ContextAttributes(const InferenceContext* context) : context_(context) {}
+  bool Bool(const char* name) const override { return Get<bool>(name); }
+  int64_t Int(const char* name) const override { return Get<int64_t>(name); }
+  std::string String(const char* name) const override { return Get<std::string>(name); }
+  DataType Type(const char* name) const override { return Get<DataType>(name); }
+
+ private:
+  template <typename T>
+  T Get(const char* name) const {
+    T value;
+    TF_CHECK_OK(context_->GetAttr(name, &value));
+    return value;
+  }
+
+  const InferenceContext* context_;
+};
+
+}  // namespace
+
+double Attributes::Number(const char* name) const {
+  return std::strtod(String(name).c_str(), nullptr);
+}
+
+bool NodeAttributes::Bool(const char* name) const { return AttrOrDie<bool>(attrs_, name); }
+int64_t NodeAttributes::Int(const char* name) const { return AttrOrDie<int64_t>(attrs_, name); }
+std::string NodeAttributes::String(const char* name) const {
+  return AttrOrDie<std::string>(attrs_, name);
+}
+DataType NodeAttributes::Type(const char* name) const { return AttrOrDie<DataType>(attrs_, name); }
+
+int64_t OpCall::Elements(const Dims& dims) {
+  int64_t elements = 1;
+  for (int64_t size : dims) elements *= size;
+  return elements;
+}
+
+const Op& RegisterOp(const Op& op) { return Ops().emplace(op.name, op).first->second; }
+
+const Op& FindOp(const std::string& name) { return Ops().at(name); }
+
+absl::Status InferShapes(const char* name, InferenceContext* context) {
+  const Op& op = FindOp(name);
+  std::vector<PartialDims> inputs;
+  for (int i = 0; i < context->num_inputs(); ++i) {
+    ShapeHandle shape = context->input(i);
+    PartialDims dims{context->RankKnown(shape), {}};
+    for (int d = 0; dims.known_rank && d < context->Rank(shape); ++d) {
+      dims.dims.push_back(context->Value(context->Dim(shape, d)));
+    }
+    inputs.push_back(dims);
+  }
+  ContextAttributes attributes(context);
+  InputElements elements = [&](int i) { return Elements(inputs[i]); };
+  std::vector<PartialDims> outputs;
+  TF_RETURN_IF_ERROR(Resolve(op, op.shapes(attributes, elements), inputs, &outputs));
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!outputs[i].known_rank) {
+      context->set_output(i, context->UnknownShape());
+      continue;
+    }
+    std::vector<DimensionHandle> dims;
+    for (int64_t size : outputs[i].dims) {
+      dims.push_back(size == kUnknown ? context->UnknownDim() : context->MakeDim(size));
+    }
+    context->set_output(i, context->MakeShape(dims));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResolveShapes(const Op& op, const Attributes& attributes,
+                           const std::vector<Dims>& inputs, std::vector<Dims>* outputs) {
+  std::vector<PartialDims> known, resolved;
+  for (const Dims& dims : inputs) known.push_back({true, dims});
+  InputElements elements = [&](int i) { return Elements(known[i]); };
+  TF_RETURN_IF_ERROR(Resolve(op, op.shapes(attributes, elements), known, &resolved));
+  for (const PartialDims& shape : resolved) outputs->push_back(shape.dims);
+  return absl::OkStatus();
+}
+
+void RunBlocks(const std::function<void(std::function<void()>)>& schedule, int64_t helpers,
+               int64_t blocks, void (*fn)(void* context, int64_t block), void* context) {
+  helpers = std::min(helpers, blocks - 1);
+  if (helpers <= 0) {
+    for (int64_t block = 0; block < blocks; ++block) fn(context, block);
+    return;
+  }
+  // A helper may start after the caller has left: it then finds no block, and touches only this.
+  struct Claims {
+    explicit Claims(int64_t blocks) : unfinished(static_cast<int>(blocks)) {}
+    std::atomic<int64_t> next{0};
+    tensorflow::BlockingCounter unfinished;
+  };
+  auto claims = std::make_shared<Claims>(blocks);
+  auto work = [claims, blocks, fn, context] {
+    for (int64_t block; (block = claims->next.fetch_add(1)) < blocks;) {
+      fn(context, block);
+      claims->unfinished.DecrementCount();
+    }
+  };
+  for (int64_t i = 0; i < helpers; ++i) schedule(work);
+  work();
+  claims->unfinished.Wait();
+}
+
+CpuOpKernel::CpuOpKernel(tensorflow::OpKernelConstruction* context)
+    : OpKernel(context), op_(FindOp(context->def().op())) {}
+
+void CpuOpKernel::Compute(tensorflow::OpKernelContext* context) {
+  std::vector<Dims> shapes;
+  std::vector<OpCall::Buffer> inputs, outputs;
+  for (int i = 0; i < context->num_inputs(); ++i) {
+    const tensorflow::Tensor& tensor = context->input(i);
+    Dims dims(tensor.dims());
+    for (int d = 0; d < tensor.dims(); ++d) dims[d] = tensor.dim_size(d);
+    shapes.push_back(dims);
+    inputs.push_back({tensor.data(), tensor.dtype(), dims});
+  }
+  NodeAttributes attributes{tensorflow::AttrSlice(def())};
+  std::vector<Dims> output_shapes;
+  OP_REQUIRES_OK(context, ResolveShapes(op_, attributes, shapes, &output_shapes));
+  for (size_t i = 0; i < output_shapes.size(); ++i) {
+    tensorflow::Tensor* tensor;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(i, tensorflow::TensorShape(output_shapes[i]), &tensor));
+    outputs.push_back({tensor->data(), tensor->dtype(), output_shapes[i]});
+  }
+  const auto* workers = context->device()->tensorflow_cpu_worker_threads();
+  struct Threads {
+    tensorflow::thread::ThreadPool* pool;
+    int helpers;
+  } threads{workers->workers, workers->num_threads - 1};
+  Cpu cpu{[](void* context, int64_t blocks, void (*fn)(void*, int64_t), void* fn_context) {
+            auto* threads = static_cast<Threads*>(context);
+            RunBlocks([&](std::function<void()> task) { threads->pool->Schedule(std::move(task)); },
+                      threads->helpers, blocks, fn, fn_context);
+          },
+          &threads};
+  OP_REQUIRES_OK(context, op_.run(OpCall(cpu, attributes, std::move(inputs), std::move(outputs))));
+}
+
+}  // namespace fusedloss

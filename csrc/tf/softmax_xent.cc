@@ -1,0 +1,215 @@
+#include "kernels/softmax_xent.h"
+
+#include "absl/strings/str_cat.h"
+#include "tf/op_glue.h"
+
+namespace fusedloss {
+namespace {
+
+using ::tensorflow::DataType;
+using ::tensorflow::shape_inference::InferenceContext;
+
+// The inputs that the three ops share, by their place among an op's inputs.
+struct Places {
+  int predictions, targets, class_weight, subset;
+};
+constexpr Places kForward{0, 1, 2, 3}, kGrad{1, 2, 3, 4}, kReduced{0, 1, 2, 3};
+
+bool IsLabels(DataType dtype) {
+  return dtype == tensorflow::DT_INT32 || dtype == tensorflow::DT_INT64;
+}
+
+std::vector<std::string> InputShapes(const Attributes& attributes) {
+  std::string targets = IsLabels(attributes.Type("Targets")) ? "..." : "... classes";
+  return {"predictions: ... classes", "targets: " + targets, "class_weight: classes | 0",
+          "subset: subset_size"};
+}
+
+// As SoftmaxXentStats, as far as it is known.
+std::string StatsShape(const Places& at, const Attributes& attributes,
+                       const InputElements& elements) {
+  int64_t weights = elements(at.class_weight), subset = elements(at.subset);
+  if (weights > 0 || subset > 0 || attributes.Number("label_smoothing") != 0) return "... 5";
+  return weights == 0 && subset == 0 ? "... 2" : "... stats";
+}
+
+Shapes ForwardShapes(const Attributes& attributes, const InputElements& elements) {
+  return {InputShapes(attributes), {"...", StatsShape(kForward, attributes, elements)}};
+}
+
+Shapes GradShapes(const Attributes& attributes, const InputElements& elements) {
+  std::vector<std::string> shapes = InputShapes(attributes);
+  shapes.insert(shapes.begin(), "dloss: ...");
+  shapes.push_back("stats: " + StatsShape(kGrad, attributes, elements));
+  return {shapes, {"... classes"}};
+}
+
+Shapes ReducedShapes(const Attributes& attributes, const InputElements&) {
+  std::vector<std::string> shapes = InputShapes(attributes);
+  shapes.push_back("row_weight: ... | 0");
+  return {shapes, {"", "... classes"}};
+}
+
+template <typename T>
+absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* args) {
+  using A = Accumulator<T>;
+  constexpr DataType kSums =
+      std::is_same_v<A, double> ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+  const DataType targets = call.input(at.targets).dtype;
+  if (call.input(at.class_weight).dtype != kSums || !(IsLabels(targets) || targets == kSums)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "`class_weight`, `row_weight`, `stats` and dense `targets` must be ",
+        tensorflow::DataTypeString(kSums), " for predictions of type ",
+        tensorflow::DataTypeString(call.input(at.predictions).dtype), "; got `targets` of type ",
+        tensorflow::DataTypeString(targets), ", the others of type ",
+        tensorflow::DataTypeString(call.input(at.class_weight).dtype)));
+  }
+  const Dims& dims = call.input(at.predictions).dims;
+  args->classes = dims.back();
+  args->rows = OpCall::Elements(Dims(dims.begin(), dims.end() - 1));
+  args->predictions = call.Input<T>(at.predictions);
+  args->labels32 = nullptr;
+  args->labels64 = nullptr;
+  args->targets = nullptr;
+  switch (call.input(at.targets).dtype) {
+    case tensorflow::DT_INT32:
+      args->labels32 = call.Input<int32_t>(at.targets);
+      break;
+    case tensorflow::DT_INT64:
+      args->labels64 = call.Input<int64_t>(at.targets);
+      break;
+    default:
+      args->targets = call.Input<A>(at.targets);
+  }
+  args->class_weight = call.InputOrNull<A>(at.class_weight);
+  args->subset = call.InputOrNull<int64_t>(at.subset);
+  args->subset_size = call.input(at.subset).dims[0];
+  const Attributes& attributes = call.attributes;
+  args->options = {attributes.Bool("from_logits"),       attributes.Bool("normalize_full"),
+                   attributes.Bool("has_ignore_class"),  attributes.Int("ignore_class"),
+                   attributes.Number("subset_weight"),   attributes.Number("full_weight"),
+                   attributes.Number("label_smoothing"), attributes.Number("epsilon")};
+  for (int64_t k = 0; k < args->subset_size; ++k) {
+    int64_t id = args->subset[k];
+    if (id < 0 || id >= args->classes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`subset` names class ", id, ", but there are ", args->classes,
+                       " classes: ids lie in [0, ", args->classes, ")"));
+    }
+    if (k > 0 && id <= args->subset[k - 1]) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`subset` must be in ascending order without repetition; got ",
+                       args->subset[k - 1], " before ", id));
+    }
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status CheckLabels(const SoftmaxXentArgs<T>& args, int64_t bad_row) {
+  if (bad_row < 0) return absl::OkStatus();
+  int64_t label = args.labels32 ? args.labels32[bad_row] : args.labels64[bad_row];
+  return absl::InvalidArgumentError(
+      absl::StrCat("`labels` holds ", label, " at position ", bad_row,
+                   " (of the flattened labels), outside [0, ", args.classes, ") for ", args.classes,
+                   " classes. Rows to leave out can be marked by `ignore_class`."));
+}
+
+template <typename T>
+absl::Status Forward(const OpCall& call) {
+  SoftmaxXentArgs<T> args;
+  TF_RETURN_IF_ERROR(ReadArgs(call, kForward, &args));
+  using A = Accumulator<T>;
+  return CheckLabels(args, SoftmaxXent<T>(call.cpu, args, call.Output<A>(0), call.Output<A>(1)));
+}
+
+template <typename T>
+absl::Status Grad(const OpCall& call) {
+  SoftmaxXentArgs<T> args;
+  TF_RETURN_IF_ERROR(ReadArgs(call, kGrad, &args));
+  using A = Accumulator<T>;
+  return CheckLabels(args, SoftmaxXentGrad<T>(call.cpu, args, call.Input<A>(0), call.Input<A>(5),
+                                              call.Output<T>(0)));
+}
+
+template <typename T>
+absl::Status Reduced(const OpCall& call) {
+  SoftmaxXentArgs<T> args;
+  TF_RETURN_IF_ERROR(ReadArgs(call, kReduced, &args));
+  using A = Accumulator<T>;
+  double divisor = 1;
+  if (call.attributes.String("reduction") == "mean") {
+    divisor = static_cast<double>(args.rows) * call.attributes.Int("replicas");
+  }
+  return CheckLabels(args,
+                     SoftmaxXentReduced<T>(call.cpu, args, call.InputOrNull<A>(4), 1 / divisor,
+                                           call.Output<A>(0), call.Output<T>(1)));
+}
+
+// Calls Function<T> for the dtype of input `place`.
+#define FUSEDLOSS_FOR_DTYPE(Function, place) \
+  [](const OpCall& call) -> absl::Status {   \
+    switch (call.input(place).dtype) {       \
+      case tensorflow::DT_FLOAT:             \
+        return Function<float>(call);        \
+      case tensorflow::DT_DOUBLE:            \
+        return Function<double>(call);       \
+      case tensorflow::DT_HALF:              \
+        return Function<Half>(call);         \
+      default:                               \
+        return Function<BFloat16>(call);     \
+    }                                        \
+  }
+
+}  // namespace
+
+#define FUSEDLOSS_SOFTMAX_XENT_ATTRS                  \
+  Attr("T: {float, double, half, bfloat16}")          \
+      .Attr("A: {float, double}")                     \
+      .Attr("Targets: {int32, int64, float, double}") \
+      .Attr("from_logits: bool = true")               \
+      .Attr("normalize_full: bool = false")           \
+      .Attr("has_ignore_class: bool = false")         \
+      .Attr("ignore_class: int = 0")                  \
+      .Attr("subset_weight: string = '1'")            \
+      .Attr("full_weight: string = '0'")              \
+      .Attr("label_smoothing: string = '0'")          \
+      .Attr("epsilon: string = '1e-7'")
+
+REGISTER_OP("Fusedloss>SoftmaxXent")
+    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("predictions: T")
+    .Input("targets: Targets")
+    .Input("class_weight: A")
+    .Input("subset: int64")
+    .Output("loss: A")
+    .Output("stats: A")
+    .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXent", c); });
+FUSEDLOSS_OP("Fusedloss>SoftmaxXent", ForwardShapes,
+             FUSEDLOSS_FOR_DTYPE(Forward, kForward.predictions));
+
+REGISTER_OP("Fusedloss>SoftmaxXentGrad")
+    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("dloss: A")
+    .Input("predictions: T")
+    .Input("targets: Targets")
+    .Input("class_weight: A")
+    .Input("subset: int64")
+    .Input("stats: A")
+    .Output("dpredictions: T")
+    .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentGrad", c); });
+FUSEDLOSS_OP("Fusedloss>SoftmaxXentGrad", GradShapes, FUSEDLOSS_FOR_DTYPE(Grad, kGrad.predictions));
+
+REGISTER_OP("Fusedloss>SoftmaxXentReduced")
+    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("reduction: {'sum', 'mean'}")
+    .Attr("replicas: int >= 1 = 1")
+    .Input("predictions: T")
+    .Input("targets: Targets")
+    .Input("class_weight: A")
+    .Input("subset: int64")
+    .Input("row_weight: A")
+    .Output("loss: A")
+    .Output("gradient: T")
+    .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentReduced", c); });
+FUSEDLOSS_OP("Fusedloss>SoftmaxXentReduced", ReducedShapes,
+             FUSEDLOSS_FOR_DTYPE(Reduced, kReduced.predictions));
+
+}  // namespace fusedloss

@@ -1,0 +1,175 @@
+// The XLA lowering of every op: a typed-FFI custom call that finds the op by name and runs the same
+// RunFn as outside XLA. The only file that sees tf2xla's headers.
+#include <cctype>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "tensorflow/compiler/tf2xla/type_util.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tensorflow/compiler/tf2xla/xla_op_registry.h"
+#include "tf/op_glue.h"
+#include "xla/ffi/api/ffi.h"
+#include "xla/hlo/builder/xla_builder.h"
+#include "xla/shape_util.h"
+
+namespace xla::ffi {
+// Declared in xla/ffi/ffi_api.h, whose own includes the wheel does not carry.
+const XLA_FFI_Api* GetXlaFfiApi();
+}  // namespace xla::ffi
+
+namespace fusedloss {
+namespace {
+
+namespace ffi = ::xla::ffi;
+using ::tensorflow::DataType;
+
+constexpr char kTarget[] = "fusedloss";
+
+// Attributes as they travel in a custom call.
+class CallAttributes : public Attributes {
+ public:
+  explicit CallAttributes(const ffi::Dictionary& attrs) : attrs_(attrs) {}
+  bool Bool(const char* name) const override { return *attrs_.get<bool>(name); }
+  int64_t Int(const char* name) const override { return *attrs_.get<int64_t>(name); }
+  std::string String(const char* name) const override {
+    return std::string(*attrs_.get<std::string_view>(name));
+  }
+  DataType Type(const char* name) const override { return static_cast<DataType>(Int(name)); }
+
+ private:
+  const ffi::Dictionary& attrs_;
+};
+
+DataType DataTypeOf(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::DataType::F32:
+      return tensorflow::DT_FLOAT;
+    case ffi::DataType::F64:
+      return tensorflow::DT_DOUBLE;
+    case ffi::DataType::F16:
+      return tensorflow::DT_HALF;
+    case ffi::DataType::BF16:
+      return tensorflow::DT_BFLOAT16;
+    case ffi::DataType::S32:
+      return tensorflow::DT_INT32;
+    case ffi::DataType::S64:
+      return tensorflow::DT_INT64;
+    default:
+      return tensorflow::DT_INVALID;
+  }
+}
+
+OpCall::Buffer BufferOf(const ffi::AnyBuffer& buffer) {
+  return {buffer.untyped_data(), DataTypeOf(buffer.element_type()),
+          Dims(buffer.dimensions().begin(), buffer.dimensions().end())};
+}
+
+ffi::Error RunOnHost(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                     ffi::Dictionary attrs) {
+  std::vector<OpCall::Buffer> inputs, outputs;
+  for (size_t i = 0; i < args.size(); ++i) inputs.push_back(BufferOf(*args.get<ffi::AnyBuffer>(i)));
+  for (size_t i = 0; i < rets.size(); ++i) {
+    outputs.push_back(BufferOf(**rets.get<ffi::AnyBuffer>(i)));
+  }
+  Cpu cpu{[](void* context, int64_t blocks, void (*fn)(void*, int64_t), void* fn_context) {
+            auto* threads = static_cast<ffi::ThreadPool*>(context);
+            RunBlocks([&](std::function<void()> task) { threads->Schedule(std::move(task)); },
+                      threads->num_threads() - 1, blocks, fn, fn_context);
+          },
+          &threads};
+  CallAttributes attributes(attrs);
+  const Op& op = FindOp(attributes.String("op"));
+  absl::Status status = op.run(OpCall(cpu, attributes, std::move(inputs), std::move(outputs)));
+  if (status.ok()) return ffi::Error::Success();
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()),
+                    absl::StrCat(op.name, ": ", status.message()));
+}
+
+XLA_FFI_DEFINE_HANDLER(kRunOnHost, RunOnHost,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attrs<ffi::Dictionary>());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "Host", kRunOnHost);
+
+// The attributes of a node as an MLIR dictionary.
+std::string CallConfig(const tensorflow::NodeDef& node) {
+  std::vector<std::string> entries{absl::StrCat("op = \"", node.op(), "\"")};
+  for (const auto& [name, value] : node.attr()) {
+    if (name.empty() || name[0] == '_') continue;
+    switch (value.value_case()) {
+      case tensorflow::AttrValue::kB:
+        entries.push_back(absl::StrCat(name, " = ", value.b() ? "true" : "false"));
+        break;
+      case tensorflow::AttrValue::kI:
+        entries.push_back(absl::StrCat(name, " = ", value.i(), " : i64"));
+        break;
+      case tensorflow::AttrValue::kType:
+        entries.push_back(absl::StrCat(name, " = ", static_cast<int>(value.type()), " : i64"));
+        break;
+      case tensorflow::AttrValue::kS:
+        entries.push_back(absl::StrCat(name, " = \"", value.s(), "\""));
+        break;
+      default:
+        break;
+    }
+  }
+  return absl::StrCat("{", absl::StrJoin(entries, ", "), "}");
+}
+
+class CallKernel : public tensorflow::XlaOpKernel {
+ public:
+  explicit CallKernel(tensorflow::OpKernelConstruction* context)
+      : XlaOpKernel(context), op_(FindOp(context->def().op())) {}
+
+  void Compile(tensorflow::XlaOpKernelContext* context) override {
+    std::vector<Dims> inputs, outputs;
+    std::vector<xla::XlaOp> operands;
+    std::vector<xla::Shape> operand_shapes, result_shapes;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      absl::StatusOr<xla::Shape> shape = context->InputXlaShape(i);
+      OP_REQUIRES_OK(context, shape.status());
+      inputs.push_back(Dims(shape->dimensions().begin(), shape->dimensions().end()));
+      operands.push_back(context->Input(i));
+      operand_shapes.push_back(RowMajor(context, context->input_type(i), inputs.back()));
+    }
+    NodeAttributes attributes{tensorflow::AttrSlice(def())};
+    OP_REQUIRES_OK(context, ResolveShapes(op_, attributes, inputs, &outputs));
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      result_shapes.push_back(RowMajor(context, context->expected_output_dtype(i), outputs[i]));
+    }
+    if (!context->status().ok()) return;
+    xla::Shape result = result_shapes.size() == 1 ? result_shapes[0]
+                                                  : xla::ShapeUtil::MakeTupleShape(result_shapes);
+    xla::XlaOp call = xla::CustomCallWithLayout(
+        context->builder(), kTarget, operands, result, operand_shapes, CallConfig(def()),
+        /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
+        xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      context->SetOutput(i, outputs.size() == 1 ? call : xla::GetTupleElement(call, i));
+    }
+  }
+
+ private:
+  static xla::Shape RowMajor(tensorflow::XlaOpKernelContext* context, DataType dtype,
+                             const Dims& dims) {
+    xla::PrimitiveType type = xla::PRIMITIVE_TYPE_INVALID;
+    context->SetStatus(tensorflow::DataTypeToPrimitiveType(dtype, &type));
+    return xla::ShapeUtil::MakeShapeWithDescendingLayout(type, dims);
+  }
+
+  const Op& op_;
+};
+
+}  // namespace
+
+bool RegisterXlaCall(const Op& op) {
+  new tensorflow::XlaOpRegistrar(tensorflow::XlaOpRegistrationBuilder::Name(op.name).Build(
+      [](tensorflow::OpKernelConstruction* context) -> tensorflow::OpKernel* {
+        return new CallKernel(context);
+      }));
+  return true;
+}
+
+}  // namespace fusedloss
