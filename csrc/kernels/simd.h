@@ -90,7 +90,7 @@ FUSEDLOSS_INLINE bool Any(Mask<A> mask) {
 #endif
 }
 
-// The lower of a NaN and a number is the number or the NaN: callers must not care.
+// Of a NaN and a number: b.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> Max(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
@@ -299,14 +299,30 @@ template <typename A>
 FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
   using F = Float<A>;
   constexpr A kLog2E = A(1.44269504088896340736);
-  Vec<A> lowest = Set(A(F::kMostNegative / kLog2E));
-  x = x < lowest ? lowest : x;
+  x = Max<A>(Set(A(F::kMostNegative / kLog2E)), x);
+#if defined(__AVX512F__)
+  Vec<A> whole;
+  if constexpr (std::is_same_v<A, float>) {
+    whole = _mm512_roundscale_ps(x * kLog2E, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    whole = _mm512_roundscale_pd(x * kLog2E, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+#else
   Vec<A> shifted = x * kLog2E + F::kRound;
   Vec<A> whole = shifted - F::kRound;
+#endif
   Vec<A> fraction = x * kLog2E - whole;
   Vec<A> power = Polynomial<A>(F::kExp2, fraction) * fraction + A(1);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    return _mm512_scalef_ps(power, whole);
+  } else {
+    return _mm512_scalef_pd(power, whole);
+  }
+#else
   Mask<A> exponent = (BitCast<Mask<A>>(shifted) + F::kBias) << F::kMantissaBits;
   return power * BitCast<Vec<A>>(exponent);
+#endif
 }
 
 // The natural logarithm of a positive normal number, within 2 ulp; −Inf of 0. +Inf and NaN stay.

@@ -65,7 +65,7 @@ struct Along {
   static constexpr int kVector = kLanes<A>;
   static constexpr bool kManyRows = false;
 
-  const SoftmaxXentPlan<A>& plan;
+  const SoftmaxXentPlan<A> plan;  // by value here and below: what a store cannot have changed
   const T* predictions;
   const A* targets;
   int64_t label;
@@ -193,7 +193,7 @@ struct Across {
     alignas(64) A rows[(kAcrossClasses + 1) * kVector];
   };
 
-  const SoftmaxXentPlan<A>& plan;
+  const SoftmaxXentPlan<A> plan;
   Scratch& scratch;
   bool caches;
   int64_t labels[kVector];
@@ -315,8 +315,8 @@ template <bool kLogits, bool kRich, bool kDense, typename Tile>
 struct Softmax {
   using A = typename Tile::Sums;
   using V = Vec<A>;
-  const SoftmaxXentPlan<A>& plan;
-  const Tile& tile;
+  const Tile tile;
+  const SoftmaxXentPlan<A>& plan = tile.plan;
   // Which normalisers are needed: over all classes, over S alone.
   const bool full = !kRich || !plan.has_subset || plan.normalize_full || plan.full_weight != 0;
   const bool subset = kRich && plan.has_subset && !plan.normalize_full;
@@ -433,49 +433,50 @@ struct Softmax {
         });
     V sum = tile.SumOfRow(Sum(full_sum));
     V log_sum = Log<A>(sum);
-    V all_weight{}, all_product{}, in_target{}, in_weight{}, in_product{};
+    // Per family: Σ w·y, and Σ w·y·(lse − z) before smoothing.
+    V all_weight{}, all_nats{}, in_target{}, in_weight{}, in_nats{};
+    V subset_log_sum = log_sum, in_sum = sum;
+    if (kRich && subset) {
+      in_sum = tile.SumOfRow(subset_sum.total);
+      subset_log_sum = Log<A>(in_sum);
+    }
     if constexpr (kDense) {
       all_weight = tile.SumOfRow(all_weighted.total);
-      all_product = tile.SumOfRow(all_dot.total);
+      all_nats = all_weight * log_sum - tile.SumOfRow(all_dot.total);
       in_target = tile.SumOfRow(in_targets.total);
       in_weight = tile.SumOfRow(in_weighted.total);
-      in_product = tile.SumOfRow(in_dot.total);
+      in_nats = in_weight * subset_log_sum - tile.SumOfRow(in_dot.total);
     } else {
       V z = Logit(tile.OfLabels([&](int r, int64_t c) { return tile.PredictionAt(r, c); }));
       all_weight = tile.OfLabels(
           [&](int, int64_t c) { return kRich && plan.class_weight ? plan.class_weight[c] : A(1); });
-      all_product = all_weight * (z - stats.full_peak);
+      all_nats = all_weight * (log_sum - (z - stats.full_peak));
       if constexpr (kRich) {
         in_target = tile.OfLabels([&](int, int64_t c) {
           return A(!plan.in_subset || (plan.in_subset[c / 8] >> (c % 8)) & 1);
         });
         in_weight = all_weight * in_target;
-        in_product = Keep<A>(in_target != A(0), all_weight * (z - subset_reference));
+        in_nats = all_weight * (subset_log_sum - (z - subset_reference));
       }
     }
     if constexpr (!kRich) {
       stats.full_scale = all_weight / sum;
-      return all_weight * log_sum - all_product;
+      return all_nats;
     }
     V loss{};
     if (!plan.has_subset || plan.full_weight != 0) {
-      A size = A(plan.classes);
-      V targets = Smoothed(all_weight, Set(plan.full_class_weight), size);
-      V product = Smoothed(all_product, tile.SumOfRow(all_logits.total), size);
-      loss = plan.full_weight * (targets * log_sum - product);
-      stats.full_scale = plan.full_weight * targets / sum;
+      const A size = A(plan.classes), weights = plan.full_class_weight;
+      V of_classes = weights * log_sum - tile.SumOfRow(all_logits.total);
+      loss = plan.full_weight * Smoothed(all_nats, of_classes, size);
+      stats.full_scale = plan.full_weight * Smoothed(all_weight, Set(weights), size) / sum;
     }
     if (plan.has_subset) {
-      if (subset) {
-        sum = tile.SumOfRow(subset_sum.total);
-        log_sum = Log<A>(sum);
-      }
+      const A size = plan.subset_size, weights = plan.subset_class_weight;
       Mask<A> inside = in_target != A(0);
-      V targets = Smoothed(in_weight, Set(plan.subset_class_weight), plan.subset_size);
-      V product = Smoothed(in_product, tile.SumOfRow(in_logits.total), plan.subset_size);
-      loss += Keep<A>(inside, plan.subset_weight * (targets * log_sum - product));
-      V scale = Keep<A>(inside, plan.subset_weight * targets / sum);
-      (subset ? stats.subset_scale : stats.full_scale) += scale;
+      V of_classes = weights * subset_log_sum - tile.SumOfRow(in_logits.total);
+      loss += Keep<A>(inside, plan.subset_weight * Smoothed(in_nats, of_classes, size));
+      V scale = plan.subset_weight * Smoothed(in_weight, Set(weights), size) / in_sum;
+      (subset ? stats.subset_scale : stats.full_scale) += Keep<A>(inside, scale);
       stats.subset_weight = Keep<A>(inside, Set(plan.subset_weight));
     }
     return loss;
@@ -536,8 +537,8 @@ template <bool kRich, typename Tile>
 struct Divided {
   using A = typename Tile::Sums;
   using V = Vec<A>;
-  const SoftmaxXentPlan<A>& plan;
-  const Tile& tile;
+  const Tile tile;
+  const SoftmaxXentPlan<A>& plan = tile.plan;
 
   // p / sum between the bounds, as the bounds of p.
   struct Bounds {
@@ -673,14 +674,17 @@ struct FormulaOf<false, kRich, true, Tile> {
 
 // Out of line: each of these is large, and stands once for all passes.
 template <typename Formula, typename Tile, typename A = typename Tile::Sums>
-__attribute__((noinline)) Vec<A> Forward(const SoftmaxXentPlan<A>& plan, const Tile& tile,
-                                         RowStats<A>& stats) {
-  return Formula{plan, tile}.Forward(stats);
+__attribute__((noinline)) Vec<A> Forward(const Tile& tile, RowStats<A>& stats) {
+  RowStats<A> local{};
+  Vec<A> loss = Formula{tile}.Forward(local);
+  stats = local;
+  return loss;
 }
 template <typename Formula, typename Tile, typename A = typename Tile::Sums>
-__attribute__((noinline)) void Backward(const SoftmaxXentPlan<A>& plan, const Tile& tile,
-                                        const RowStats<A>& stats, Vec<A> cotangent) {
-  Formula{plan, tile}.Backward(stats, cotangent);
+__attribute__((noinline)) void Backward(const Tile& tile, const RowStats<A>& stats,
+                                        Vec<A> cotangent) {
+  RowStats<A> local = stats;
+  Formula{tile}.Backward(local, cotangent);
 }
 
 template <typename A>
@@ -735,12 +739,12 @@ void RunAlong(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
     if (pass == Pass::kBackward) {
       for (int lane = 0; lane < kLanes<A>; ++lane) LoadStats<A>(saved, kRich, lane, stats);
     } else {
-      block.loss[row] = Forward<Formula>(plan, tile, stats)[0];
+      block.loss[row] = Forward<Formula>(tile, stats)[0];
     }
     if (pass == Pass::kForward) {
       SaveStats<A>(stats, kRich, 0, saved);
     } else {
-      Backward<Formula>(plan, tile, stats, Set(block.cotangents[row]));
+      Backward<Formula>(tile, stats, Set(block.cotangents[row]));
     }
   }
   if (plan.stream) _mm_sfence();
@@ -765,7 +769,7 @@ void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
       for (int r = 0; r < rows; ++r)
         LoadStats<A>(block.stats + (row + r) * kStats, kRich, r, stats);
     } else {
-      Vec<A> loss = Keep<A>(tile.active, Forward<Formula>(plan, tile, stats));
+      Vec<A> loss = Keep<A>(tile.active, Forward<Formula>(tile, stats));
       for (int r = 0; r < rows; ++r) block.loss[row + r] = loss[r];
     }
     if (pass == Pass::kForward) {
@@ -774,7 +778,7 @@ void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
     } else {
       Vec<A> cotangents{};
       for (int r = 0; r < rows; ++r) cotangents[r] = block.cotangents[row + r];
-      Backward<Formula>(plan, tile, stats, cotangents);
+      Backward<Formula>(tile, stats, cotangents);
       IntoRows(scratch, rows, plan.classes, block.gradient + first);
     }
   }

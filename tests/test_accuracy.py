@@ -1,0 +1,251 @@
+"""Every form of every op is as accurate as TensorFlow on the same inputs, give or take an ulp.
+
+The bound, of DESIGN's numerics: with f64 the truth (in long double) and TF the plain TensorFlow
+form in the same dtype, max|ours − f64| ≤ 2·max|TF − f64| + 4·ε·max|f64|, for loss and gradient.
+"""
+
+import itertools
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import truth
+from allpairspy import AllPairs
+
+import fusedloss
+from fusedloss.softmax_xent import CategoricalCrossentropy, SparseCategoricalCrossentropy
+
+RUN = {
+    "eager": lambda fn: fn,
+    "graph": tf.function,
+    "xla": lambda fn: tf.function(fn, jit_compile=True),
+}
+# Few classes go across the lanes, up to 32; above, vectors of 4 to 16 lanes with and without a
+# rest; 4096 is where exp is no longer kept; one row is long enough for several runs of sums.
+SHAPES = [
+    (1, 1), (3, 2), (37, 10), (16, 32), (5, 33), (4, 64), (7, 101), (1, 4096), (2, 4099),
+    (3, 20011), (2, 3, 5), (19,), (0, 7), (500, 3),
+]  # fmt: skip
+FACTORS = {
+    "shape": SHAPES,
+    "dtype": ["float32", "float64", "float16", "bfloat16"],
+    "targets": ["int32", "int64", "one-hot", "soft"],
+    "from_logits": [True, False],
+    "subset": [None, "few", "many", "mask"],
+    "normalize": ["subset", "full"],
+    "weights": [(1.0, 0.0), (0.8, 0.2)],
+    "label_smoothing": [0.0, 0.1],
+    "class_weight": [False, True],
+    "ignore_class": [None, -1],
+    "path": ["general", "training"],
+    "run": list(RUN),
+}
+
+
+def _is_possible(values):
+    case = dict(zip(FACTORS, values, strict=False))
+    if case.get("subset", "few") is None and case.get("weights") == (0.8, 0.2):
+        return False
+    if case.get("subset", "few") is None and case.get("normalize") == "full":
+        return False
+    if case.get("targets", "int32")[:3] != "int" and case.get("ignore_class") is not None:
+        return False
+    # A mask over two classes must be booleans, and is; two ids over two classes are refused.
+    return not (case.get("subset") == "many" and case.get("shape", (0, 3))[-1] <= 2)
+
+
+PAIRS = list(AllPairs(list(FACTORS.values()), filter_func=_is_possible))
+PRODUCT = [
+    values
+    for values in itertools.product(*FACTORS.values())
+    if _is_possible(values) and zlib.crc32(repr(values).encode()) % 40 == 0
+]
+
+
+def sample(case, rng):
+    """Predictions, targets, keyword arguments and cotangents of one case."""
+    shape, rows = case["shape"], case["shape"][:-1]
+    classes = shape[-1]
+    dtype = tf.as_dtype(case["dtype"]).as_numpy_dtype
+    predictions = rng.normal(size=shape) * 3
+    if not case["from_logits"]:
+        # Away from the bounds at which the gradient jumps, and not quite of sum 1.
+        predictions = np.exp(np.clip(predictions, -4, 4) / 3)
+        predictions /= predictions.sum(-1, keepdims=True) * rng.uniform(1.01, 1.1, (*rows, 1))
+        predictions = np.clip(predictions, 4e-5, 0.99)
+    predictions = predictions.astype(dtype)
+    sums = np.float64 if case["dtype"] == "float64" else np.float32
+    labels = rng.integers(0, classes, rows)
+    if case["targets"] == "soft":
+        targets = rng.random(shape).astype(sums)
+        targets /= np.maximum(targets.sum(-1, keepdims=True), 1e-3)
+    elif case["targets"] == "one-hot":
+        targets = np.eye(classes, dtype=sums)[labels] if classes < 5000 else None
+        if targets is None:
+            targets = np.zeros(shape, sums)
+            np.put_along_axis(targets, labels[..., None], 1, -1)
+    else:
+        targets = labels.astype(case["targets"])
+        if case["ignore_class"] is not None:
+            targets = np.where(rng.random(rows) < 0.3, case["ignore_class"], targets)
+        targets = targets.astype(case["targets"])
+    arguments = {"from_logits": case["from_logits"], "label_smoothing": case["label_smoothing"]}
+    if case["ignore_class"] is not None:
+        arguments["ignore_class"] = case["ignore_class"]
+    if case["class_weight"]:
+        arguments["class_weight"] = rng.uniform(0.5, 2, classes).astype(np.float32)
+    if case["subset"] is not None:
+        size = {"few": classes // 9, "many": classes // 2, "mask": classes // 3}[case["subset"]]
+        ids = rng.choice(classes, max(1, size), replace=False)
+        arguments["subset"] = np.isin(np.arange(classes), ids) if case["subset"] == "mask" else ids
+        arguments["normalize"] = case["normalize"]
+        arguments["subset_weight"], arguments["full_weight"] = case["weights"]
+    return predictions, targets, arguments, rng.normal(size=rows).astype(sums)
+
+
+def check_error(ours, tensorflow, exact, epsilon, what):
+    ours, tensorflow = np.asarray(ours, np.longdouble), np.asarray(tensorflow, np.longdouble)
+    assert ours.shape == exact.shape, what
+    if exact.size == 0:
+        return
+    allowed = 2 * np.abs(tensorflow - exact).max() + 4 * epsilon * np.abs(exact).max()
+    # A loss or gradient that is 0 in exact arithmetic is made of terms of size 1.
+    allowed = max(allowed, 4 * epsilon * 1e-2)
+    error = np.abs(ours - exact).max()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _check(values):
+    case = dict(zip(FACTORS, values, strict=True))
+    rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
+    predictions, targets, arguments, cotangents = sample(case, rng)
+    sparse = case["targets"].startswith("int")
+    exact_loss, exact_gradient = truth.softmax_xent(predictions, targets, **arguments)
+    exact_gradient = exact_gradient * cotangents.astype(np.longdouble)[..., None]
+    name = "sparse_softmax_xent" if sparse else "softmax_xent"
+
+    def rows_of(module):
+        def step(targets, predictions, cotangents):
+            with tf.GradientTape() as tape:
+                tape.watch(predictions)
+                loss = getattr(module, name)(targets, predictions, **arguments)
+                total = tf.reduce_sum(loss * cotangents)
+            return loss, tape.gradient(total, predictions)
+
+        return step
+
+    inputs = tf.constant(targets), tf.constant(predictions), tf.constant(cotangents)
+    tf_loss, tf_gradient = rows_of(fusedloss.reference)(*inputs)
+    sums_epsilon = np.finfo(cotangents.dtype).eps
+    epsilon = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(case["dtype"], sums_epsilon)
+    if case["path"] == "general" or not case["shape"][:-1]:
+        loss, gradient = RUN[case["run"]](rows_of(fusedloss.nn))(*inputs)
+        check_error(loss, tf_loss, exact_loss, sums_epsilon, "loss")
+    else:
+        kind = SparseCategoricalCrossentropy if sparse else CategoricalCrossentropy
+        fused = kind(reduction="sum", dtype=cotangents.dtype.name, **arguments)
+
+        def step(targets, predictions, cotangents):
+            with tf.GradientTape() as tape:
+                tape.watch(predictions)
+                loss = fused(targets, predictions, sample_weight=cotangents)
+            return loss, tape.gradient(loss, predictions)
+
+        loss, gradient = RUN[case["run"]](step)(*inputs)
+        scale = np.abs(exact_loss * cotangents).sum()
+        error = abs(np.longdouble(loss.numpy()) - (exact_loss * cotangents).sum())
+        tf_error = np.abs((tf_loss.numpy() - exact_loss) * cotangents).sum()
+        assert error <= 2 * tf_error + 4 * sums_epsilon * max(scale, 1e-2), "reduced loss"
+    assert gradient.dtype == predictions.dtype
+    check_error(
+        tf.cast(gradient, tf.float64), tf.cast(tf_gradient, tf.float64), exact_gradient, epsilon,
+        "gradient",
+    )  # fmt: skip
+
+
+def _name(values):
+    return "-".join(str(value).replace(" ", "") for value in values)
+
+
+@pytest.mark.parametrize("values", PAIRS, ids=_name)
+def test_error_is_within_twice_tensorflows(values):
+    _check(values)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("values", PRODUCT, ids=_name)
+def test_error_is_within_twice_tensorflows_in_the_product(values):
+    _check(values)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("classes", [5, 300])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_inf_stay_in_their_row(sparse, classes, bad):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, classes)).astype(np.float32)
+    logits[7, 3] = bad
+    labels = rng.integers(0, classes, 40)
+    targets = labels if sparse else np.eye(classes, dtype=np.float32)[labels]
+    function = fusedloss.nn.sparse_softmax_xent if sparse else fusedloss.nn.softmax_xent
+    x = tf.constant(logits)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = function(targets, x)
+    gradient = tape.gradient(loss, x).numpy()
+    assert np.flatnonzero(~np.isfinite(loss)).tolist() == [7]
+    assert np.isnan(loss[7])
+    assert np.flatnonzero(~np.isfinite(gradient).all(-1)).tolist() == [7]
+
+
+@pytest.mark.parametrize("classes", [6, 300])
+def test_a_masked_logit_of_minus_infinity_costs_and_gets_nothing(classes):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, classes)).astype(np.float32)
+    labels = rng.integers(1, classes, 20)
+    masked = logits.copy()
+    masked[:, 0] = -np.inf
+    x = tf.constant(masked)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = fusedloss.nn.softmax_xent(np.eye(classes, dtype=np.float32)[labels], x)
+    gradient = tape.gradient(loss, x)
+    np.testing.assert_array_equal(gradient[:, 0], 0)
+    without, _ = truth.softmax_xent(logits[:, 1:], labels - 1)
+    np.testing.assert_allclose(loss, without.astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("distance", [0, 5, 30, 500, 1e30])
+@pytest.mark.parametrize("classes", [8, 200])
+def test_a_subset_far_below_the_rest_keeps_its_digits(classes, distance):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(17, classes)).astype(np.float32)
+    logits[:, classes // 2 :] += np.float32(distance)
+    labels = rng.integers(0, classes // 2, 17)
+    arguments = {
+        "subset": np.arange(classes // 2), "subset_weight": 0.75, "full_weight": 0.25,
+    }  # fmt: skip
+    x = tf.constant(logits)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = fusedloss.nn.sparse_softmax_xent(labels, x, **arguments)
+    exact_loss, exact_gradient = truth.softmax_xent(logits, labels, **arguments)
+    np.testing.assert_allclose(loss, exact_loss.astype(np.float64), rtol=2e-6)
+    gradient = tape.gradient(loss, x)
+    np.testing.assert_allclose(gradient, exact_gradient.astype(np.float64), atol=1e-6)
+
+
+@pytest.mark.long
+def test_more_than_two_to_the_31_elements():
+    rows, classes = 3, 2**30 + 24
+    x = np.zeros((rows, classes), tf.bfloat16.as_numpy_dtype)
+    x[2, -1] = 3
+    fused = SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = fused(tf.constant([0, 5, classes - 1]), x)
+    gradient = tape.gradient(loss, x)
+    np.testing.assert_allclose(loss, 3 * np.log(classes) - 3, rtol=1e-5)
+    np.testing.assert_allclose(tf.cast(gradient[2, -1], tf.float32), -1, rtol=1e-2)

@@ -1,0 +1,210 @@
+"""The compiled library: its versions, its threads, and what happens without it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fusedloss
+from fusedloss import _lib
+
+needs_library = pytest.mark.skipif(
+    fusedloss.backend() != "compiled", reason="there is no compiled library to test"
+)
+
+
+def run_python(code, timeout_s=300, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+def test_every_cpu_version_passes_the_accuracy_tests(level):
+    from fusedloss import _core
+
+    levels = _core.build_info()["cpu_levels"]
+    if levels.index(level) > levels.index(_core.cpu_level()):
+        pytest.skip(f"this CPU has no {level}")
+    tests = os.path.join(os.path.dirname(__file__), "test_accuracy.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not xla and not product", tests],
+        env={**os.environ, "FUSEDLOSS_CPU": level, "FUSEDLOSS_EXPECT_CPU": level},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@needs_library
+def test_the_forced_cpu_version_is_the_one_that_runs():
+    for level, expected in (("baseline", "baseline"), ("avx2", "avx2")):
+        run = run_python("from fusedloss import _core; print(_core.cpu_level())", FUSEDLOSS_CPU=level)
+        assert run.stdout.strip() == expected, run.stderr
+    run = run_python(
+        "from fusedloss import _core; print(_core.cpu_level_error())", FUSEDLOSS_CPU="sse9"
+    )
+    assert "must be baseline, avx2 or avx512" in run.stdout
+
+
+STEP = """
+import sys
+import numpy as np, tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]) if len(sys.argv) > 1 else THREADS)
+import fusedloss
+rng = np.random.default_rng(0)
+digests = []
+import hashlib
+for shape in ((300, 1000), (20000, 10), (7, 70001)):
+    x = tf.constant(rng.normal(size=shape).astype(np.float32))
+    labels = tf.constant(rng.integers(0, shape[-1], shape[:-1]))
+    fused = fusedloss.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for jit in (False, True):
+        @tf.function(jit_compile=jit)
+        def step(labels, x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = fused(labels, x)
+            return loss, tape.gradient(loss, x)
+        loss, gradient = step(labels, x)
+        digests.append(hashlib.sha256(loss.numpy().tobytes() + gradient.numpy().tobytes()).hexdigest())
+print("\\n".join(digests))
+"""
+
+
+@needs_library
+def test_results_are_bitwise_the_same_for_any_number_of_threads():
+    runs = [run_python(STEP.replace("THREADS", str(threads))) for threads in (1, 2, 5)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr[-2000:]
+    digests = [run.stdout.split() for run in runs]
+    assert len(digests[0]) == 6
+    assert digests[0] == digests[1] == digests[2]
+    assert digests[0][0::2] == digests[0][1::2]  # the same kernel inside XLA and outside
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_raw_kernel_is_bitwise_the_same_for_any_number_of_threads(dtype):
+    from fusedloss import _core
+
+    rng = np.random.default_rng(0)
+    for shape in ((1000, 129), (5000, 7), (3, 40000)):
+        logits = rng.normal(size=shape).astype(dtype)
+        labels = rng.integers(0, shape[1], shape[0])
+        results = []
+        for threads in (1, 2, 3, 8):
+            gradient = np.empty_like(logits)
+            loss = _core.softmax_xent_reduced(logits, labels, gradient, threads=threads)
+            results.append((loss, gradient.tobytes()))
+        assert all(result == results[0] for result in results)
+
+
+DEADLOCK = """
+import threading
+import numpy as np, tensorflow as tf
+import fusedloss
+fused = fusedloss.losses.SparseCategoricalCrossentropy(from_logits=True)
+rng = np.random.default_rng(0)
+xs = [tf.constant(rng.normal(size=(512, 1000)).astype(np.float32)) for _ in range(8)]
+labels = tf.constant(rng.integers(0, 1000, 512))
+
+@tf.function(jit_compile=True)
+def step(labels, *xs):
+    with tf.GradientTape() as tape:
+        tape.watch(xs)
+        loss = tf.add_n([fused(labels, x) for x in xs])
+    return loss, tape.gradient(loss, xs)
+
+expected = step(labels, *xs)[0].numpy()
+results = []
+
+def caller():
+    for _ in range(10):
+        results.append(step(labels, *xs)[0].numpy())
+
+callers = [threading.Thread(target=caller) for _ in range(4)]
+for thread in callers: thread.start()
+for thread in callers: thread.join()
+assert len(results) == 40 and all(result == expected for result in results)
+print("finished")
+"""
+
+
+@needs_library
+def test_many_callers_of_many_losses_do_not_wait_for_each_other():
+    run = run_python(DEADLOCK, timeout_s=180)
+    assert run.stdout.strip() == "finished", run.stderr[-2000:]
+
+
+# Stands where the compiled module would be, built for another TensorFlow.
+OTHER_BUILD = """
+import sys, types, warnings
+core = types.ModuleType("fusedloss._core")
+core.build_info = lambda: {info}
+sys.modules["fusedloss._core"] = core
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import fusedloss
+    fusedloss._core = core
+    print(fusedloss.backend())
+    print(fusedloss.backend())
+messages = [str(w.message) for w in seen if "fusedloss" in str(w.message)]
+print(len(messages), *messages, sep="\\n")
+import numpy as np
+loss = fusedloss.losses.SparseCategoricalCrossentropy(from_logits=True)
+assert abs(float(loss(np.array([1]), np.zeros((1, 4), np.float32))) - np.log(4)) < 1e-6
+"""
+
+
+def _info(**changes):
+    info = {
+        "tensorflow": tf.__version__, "cxx11_abi": tf.sysconfig.CXX11_ABI_FLAG,
+        "cuda_architectures": [],
+    }  # fmt: skip
+    return {**info, **changes}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "changes, says",
+    [({"tensorflow": "2.99.0"}, "built for TensorFlow 2.99"), ({"cxx11_abi": 7}, "CXX11_ABI=7")],
+)
+def test_a_library_for_another_tensorflow_is_not_loaded(changes, says):
+    code = OTHER_BUILD.replace("{info}", repr(_info(**changes)))
+    run = run_python(code)
+    lines = run.stdout.splitlines()
+    assert lines[:3] == ["reference", "reference", "1"], run.stdout + run.stderr[-2000:]
+    assert says in lines[3] and "fusedloss doctor" in lines[3]
+    assert run.returncode == 0, run.stderr[-2000:]
+    run = run_python(code, FUSEDLOSS_REQUIRE_COMPILED="1")
+    assert run.returncode != 0
+    assert "ImportError: FUSEDLOSS_REQUIRE_COMPILED=1" in run.stderr and says in run.stderr
+
+
+@pytest.mark.parametrize("keras_backend", ["jax", "torch", "numpy"])
+def test_another_backend_of_keras_is_refused_at_import(keras_backend, monkeypatch):
+    code = f"""
+import types, sys
+import keras.src.backend.config as config
+config._BACKEND = {keras_backend!r}
+"""
+    code += f"import keras; keras.config.backend = lambda: {keras_backend!r}\nimport fusedloss"
+    run = run_python(code)
+    assert "ImportError" in run.stderr and "KERAS_BACKEND=tensorflow" in run.stderr
+
+
+@needs_library
+def test_the_library_is_loaded_once():
+    assert _lib.ops() is _lib.ops()
+    assert _lib.reason() == ""
