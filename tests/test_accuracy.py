@@ -10,10 +10,10 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
-import truth
 from allpairspy import AllPairs
 
 import fusedloss
+import truth
 from fusedloss.softmax_xent import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
 RUN = {

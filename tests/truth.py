@@ -39,7 +39,8 @@ def softmax_xent(
         ids = np.flatnonzero(subset) if subset.dtype == bool else np.sort(subset)
         over = ids if normalize == "subset" else everything
         inside = counted & (y[..., ids].sum(-1) != 0)
-        families = [(subset_weight, ids, over, inside), (full_weight, everything, everything, counted)]
+        full = (full_weight, everything, everything, counted)
+        families = [(subset_weight, ids, over, inside), full]
 
     loss, gradient = np.zeros(x.shape[:-1], x.dtype), np.zeros_like(x)
     for weight, family, over, rows in families:

@@ -488,6 +488,7 @@ struct Softmax {
     const V full_scale = stats.full_scale * cotangent;
     const V subset_scale = stats.subset_scale * cotangent;
     const Mask<A> inside = stats.subset_weight != A(0);
+    const Mask<A> pulled = stats.full_scale != A(0);  // not so: 0 even where the power is NaN
     const V smooth_in = stats.subset_weight * (plan.label_smoothing / plan.subset_size);
     const A smooth_all = plan.full_weight * (plan.label_smoothing / A(plan.classes));
     tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
@@ -496,6 +497,7 @@ struct Softmax {
       if (full) {
         power = tile.Caches() ? tile.Cached(c) : Power(x, stats.full_peak);
         pull = full_scale * power;
+        if constexpr (kRich) pull = Keep<A>(pulled, pull);
       }
       if constexpr (kRich) {
         Mask<A> in = tile.InSubset(c, lanes) & inside;

@@ -1,0 +1,141 @@
+"""What the Keras losses of the package have in common: two paths, and Keras's results on both."""
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras.src import backend
+from keras.src.losses.loss import (
+    apply_mask,
+    reduce_weighted_values,
+    squeeze_or_expand_to_same_rank,
+)
+
+from fusedloss import _lib
+
+try:
+    from tensorflow.python.eager.record import should_record_backprop
+except ImportError:  # It is private to TensorFlow; without it the general path does everything.
+
+    def should_record_backprop(_):
+        return False
+
+
+class Rows(NamedTuple):
+    """The arguments of one call, laid out for the kernels."""
+
+    targets: tf.Tensor
+    predictions: tf.Tensor
+    shape: tf.TensorShape  # of the losses: the leading axes of the predictions
+    counted: tf.Tensor | None  # bool, of that shape: the rows that belong to a mean; None: all
+    constants: Any  # the rest, as the subclass wants it
+
+
+class FusedLoss(keras.losses.Loss):
+    """A Keras loss that fuses its gradient into the forward pass wherever that is possible.
+
+    The general path makes the loss of every row and leaves masks, weights and the reduction to
+    Keras. The training path makes the reduced loss and its gradient in one pass. It needs to know
+    in the forward pass what each row's cotangent will be, so it is taken if the predictions are
+    being recorded for a gradient, and targets and weights are not.
+
+    `dtype` is that of the result. float64 and integer predictions are cast to it first, as in
+    Keras; half-precision ones are read as they are and summed in float32.
+
+    Subclasses define three methods:
+      `_rows(y_true, y_pred)` checks two tensors and returns `Rows`;
+      `_row_losses(rows)` returns the losses, of shape `rows.shape`;
+      `_reduced_loss(rows, row_weight, reduction, replicas)` returns the sum of row_weight * loss,
+        divided by rows * replicas if `reduction` is "mean". `row_weight` of shape [0] stands for 1.
+    """
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        mask = backend.get_keras_mask(y_pred)
+        with keras.name_scope(self.name):
+            rows = self._converted(y_true, y_pred)
+            if mask is None:
+                mask = rows.counted
+            elif rows.counted is not None:
+                mask &= rows.counted
+            dtype = tf.float64 if rows.predictions.dtype == tf.float64 else tf.float32
+            if sample_weight is not None:
+                sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype.name)
+            loss = None
+            if self._is_training(rows, sample_weight):
+                loss = self._training_loss(rows, sample_weight, mask, dtype)
+            if loss is None:
+                loss = reduce_weighted_values(
+                    self._row_losses(rows),
+                    sample_weight=sample_weight,
+                    mask=mask,
+                    reduction=self.reduction,
+                    dtype=dtype.name,
+                )
+                if self._reduces() and loss.shape == [0]:
+                    loss = tf.reduce_sum(loss)  # Keras returns an empty batch as it is.
+            return tf.cast(loss, self.dtype)
+
+    def call(self, y_true, y_pred):
+        """The losses before weights and reduction."""
+        rows = self._converted(y_true, y_pred)
+        losses = self._row_losses(rows)
+        if rows.counted is not None:
+            backend.set_keras_mask(losses, rows.counted)
+        return losses
+
+    def get_config(self):
+        return {**super().get_config(), "dtype": self.dtype}
+
+    def _converted(self, y_true, y_pred):
+        y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
+        as_they_are = (tf.float16, tf.bfloat16, tf.float32)
+        if self.dtype == "float64" or y_pred.dtype not in as_they_are:
+            y_pred = tf.cast(y_pred, self.dtype)
+        if y_true.shape.rank is not None and y_pred.shape.rank is not None:
+            y_true, y_pred = squeeze_or_expand_to_same_rank(y_true, y_pred)
+        return self._rows(y_true, y_pred)
+
+    def _reduces(self):
+        return self.reduction not in (None, "none")
+
+    def _is_training(self, rows, sample_weight):
+        differentiable = [rows.targets] if sample_weight is None else [rows.targets, sample_weight]
+        return (
+            self._reduces()
+            and rows.shape.rank > 0  # Keras leaves the loss of a single row unscaled.
+            and rows.predictions.dtype != tf.float16  # Underflows before a loss scale arrives.
+            and _lib.ops() is not None
+            and should_record_backprop([rows.predictions])
+            and not should_record_backprop(differentiable)
+        )
+
+    def _training_loss(self, rows, sample_weight, mask, dtype):
+        """The reduced loss, or None if the weights do not simply weigh rows."""
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        reduction = "sum" if self.reduction == "sum" else "mean"
+        weight = apply_mask(sample_weight, mask, dtype=dtype.name, reduction=self.reduction)
+        if weight is None:
+            return self._reduced_loss(rows, tf.zeros([0], dtype), reduction, replicas)
+        if weight.shape.rank == rows.shape.rank + 1 and weight.shape[-1] == 1:
+            weight = tf.squeeze(weight, -1)
+        if not _broadcasts_to(weight.shape, rows.shape):
+            return None
+        if self.reduction == "mean_with_sample_weight":
+            reduction = "sum"
+            weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight) * replicas)
+        if not (weight.shape.is_fully_defined() and weight.shape == rows.shape):
+            weight = tf.broadcast_to(weight, tf.shape(rows.predictions)[: rows.shape.rank])
+        return self._reduced_loss(rows, weight, reduction, replicas)
+
+
+def _broadcasts_to(weight, rows):
+    """Whether Keras would multiply losses of shape `rows` by such weights and keep the shape.
+
+    Not where it would reshape the losses to match, or where it would raise an error.
+    """
+    if weight.rank is None or weight.rank > rows.rank:
+        return False
+    if weight.rank == rows.rank - 1 and rows[-1] == 1:
+        return False
+    pairs = zip(weight[::-1], rows[::-1], strict=False)
+    return all(w == 1 or w == row or (row != 1 and None in (w, row)) for w, row in pairs)

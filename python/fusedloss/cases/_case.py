@@ -1,0 +1,63 @@
+"""What a benchmark needs to know of a loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Shape = tuple[int, ...]
+# (targets, predictions) -> scalar loss, the mean over the rows.
+Loss = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The speed that is accepted. None: nothing is asked of that comparison."""
+
+    graph: float | None = None
+    """At least this many times as fast as the fastest stock form in a graph."""
+    xla: float | None = None
+    """The same when both are compiled by XLA."""
+    floor: float | None = None
+    """At most this many times the longer of the bare traffic and the in-cache arithmetic."""
+    float32: float | None = None
+    """At most this share of the time that the same step takes on float32 predictions."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a case's default table."""
+
+    shape: Shape
+    dtype: str = "float32"
+    goal: Goal = field(default_factory=Goal)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss as it is measured: loss and gradient with respect to the predictions.
+
+    `shape` is the shape of the predictions; its first axis is the batch.
+    """
+
+    name: str
+    title: str
+    rank: int
+    """Rank of the predictions."""
+    dtypes: tuple[str, ...]
+    """Dtypes of the predictions that the case can be measured with."""
+    settings: tuple[Setting, ...]
+    sample: Callable[[np.random.Generator, Shape, str], tuple]
+    """(generator, shape, dtype) -> (targets, predictions), tensors."""
+    fused: Callable[[Shape], Loss]
+    stock: Callable[[Shape], dict[str, Loss]]
+    """The forms a user of Keras would write, by name; the fastest one counts."""
+    truth: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
+    """(targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows."""
+    raw: Callable[[np.ndarray, np.ndarray], Callable[[], object] | None] | None
+    """(targets, predictions) -> our kernel on them, on one thread and without TensorFlow; None for
+    dtypes that `_core` does not take. It is timed where everything stays in the L2 cache."""
+    bytes_read: Callable[[Shape, str], int]
+    """Bytes that any implementation must read."""
+    bytes_written: Callable[[Shape, str], int]
+    """Bytes that any implementation must write."""

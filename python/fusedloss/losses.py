@@ -1,0 +1,5 @@
+"""Keras losses, fused."""
+
+from fusedloss.softmax_xent import CategoricalCrossentropy, SparseCategoricalCrossentropy
+
+__all__ = ["CategoricalCrossentropy", "SparseCategoricalCrossentropy"]

@@ -1,0 +1,159 @@
+"""The commands as a user types them, on sizes that take seconds."""
+
+import contextlib
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fusedloss
+from fusedloss import bench
+from fusedloss.cases import CASES
+from fusedloss.cli import main
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A quick run of every case on a small shape: the folder with its files and what it printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = ["--json", f"{folder}/a.json", "--plot", f"{folder}/a.png"]
+    with open(folder / "printed", "w") as printed, contextlib.redirect_stdout(printed):
+        assert main(["bench", "--quick", "--shape", "32x40", *files]) == 0
+    return folder
+
+
+def test_doctor_names_versions_and_fails_only_without_the_compiled_library(capsys):
+    status = main(["doctor"])
+    printed = capsys.readouterr().out
+    assert status == (0 if fusedloss.backend() == "compiled" else 1), printed
+    for version in (tf.__version__, keras.__version__, np.__version__):
+        assert version in printed
+
+
+def test_bench_prints_its_columns(measured):
+    printed = (measured / "printed").read_text()
+    assert max(map(len, printed.splitlines())) <= 120
+    for word in ("32×40 float32", "median ms", "p20", "p80", "GB/s", "extra MiB", "Keras", "Goals"):
+        assert word in printed
+
+
+def test_bench_records_every_form_in_both_modes(measured):
+    document = json.loads((measured / "a.json").read_text())
+    assert {"cpu", "threads", "tensorflow", "keras"} <= set(document["machine"])
+    assert [result["case"] for result in document["results"]] == list(CASES)
+    for result in document["results"]:
+        stock = set(CASES[result["case"]].stock(tuple(result["shape"])))
+        for mode in bench.MODES:
+            forms = {t["form"] for t in result["timings"] if t["mode"] == mode}
+            assert forms == stock | {"fusedloss"}
+        for timing in result["timings"]:
+            assert len(timing["samples_ms"]) == bench.QUICK_ROUNDS
+            assert min(timing["samples_ms"]) > 0
+            # Stock and ours both round in float32; a wrong truth or gradient is off by far more.
+            assert timing["loss_error"] < 1e-5
+            assert timing["gradient_error"] < 1e-5
+
+
+def test_bench_draws(measured):
+    assert (measured / "a.png").read_bytes().startswith(PNG)
+
+
+def test_report_renders_what_bench_wrote(measured, capsys):
+    report = runpy.run_path(str(BENCHMARKS / "report.py"))
+    report["main"]([f"{measured}/a.json", "--plot", f"{measured}/b.png"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(CASES)
+    assert len({line.count("|") for line in lines}) == 1
+    assert "32×40 float32" in lines[2]
+    assert (measured / "b.png").read_bytes().startswith(PNG)
+
+
+def test_report_renders_what_pytest_benchmark_wrote(tmp_path, capsys):
+    written = tmp_path / "speed.json"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", BENCHMARKS, "-q", "-k", "32x10-", "-p", "no:cacheprovider",
+         f"--benchmark-json={written}"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    runpy.run_path(str(BENCHMARKS / "report.py"))["main"]([str(written)])
+    assert "32×10 float32" in capsys.readouterr().out.splitlines()[-1]
+
+
+def _sample(case, shape):
+    return [x.numpy() for x in case.sample(np.random.default_rng(1), shape, "float32")]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_truth_is_the_derivative_of_its_loss(case):
+    shape = (3, 12)
+    targets, predictions = _sample(case, shape)
+    predictions = predictions.astype(np.float64)
+    _, gradient = case.truth(targets, predictions)
+    for index in np.ndindex(shape):
+        low, high = predictions.copy(), predictions.copy()
+        low[index] -= 1e-6
+        high[index] += 1e-6
+        slope = (case.truth(targets, high)[0] - case.truth(targets, low)[0]) / 2e-6
+        assert math.isclose(slope, gradient[index], rel_tol=1e-5, abs_tol=1e-8)
+
+
+def test_truth_in_chunks_is_truth_at_once(monkeypatch):
+    case = CASES["softmax_xent/sparse"]
+    targets, predictions = _sample(case, (7, 5))
+    monkeypatch.setattr(bench, "TRUTH_BYTES", 2 * 5 * 8)
+    loss, gradient = bench.exact(case, targets, predictions)
+    whole_loss, whole_gradient = case.truth(targets, predictions)
+    assert math.isclose(loss, whole_loss, rel_tol=1e-12)
+    np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-12)
+
+
+def test_every_round_times_every_call_once(monkeypatch):
+    monkeypatch.setattr(bench, "calls_per_sample", lambda call: 1)
+    made = []
+    samples = bench.interleave({name: lambda name=name: made.append(name) for name in "abc"}, 4)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = made[-12:]
+    assert all(sorted(rounds[start : start + 3]) == ["a", "b", "c"] for start in range(0, 12, 3))
+
+
+@pytest.mark.parametrize(
+    "words,text",
+    [
+        (["bench", "softmax"], "no case 'softmax'; there are: softmax_xent/sparse"),
+        (["bench", "--shape", "3xy"], "--shape is positive sizes such as 1024x32000, got '3xy'"),
+        (["bench", "--shape", "0x3"], "--shape is positive sizes"),
+        (["bench", "--shape", "3"], "takes predictions of rank 2"),
+        (["bench", "--dtype", "int8"], "--dtype 'int8' is not one of softmax_xent/sparse: float32"),
+        (["demo", "--epochs", "0"], "--epochs must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_command_line_says_what_would_be_right(words, text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("fusedloss.cli.util.find_spec", lambda module: None)
+    with pytest.raises(SystemExit):
+        main(["demo"])
+    assert "python -m pip install 'fusedloss[demo]'" in capsys.readouterr().err
+
+
+def test_demo_trains_both_alike_and_draws(tmp_path, capsys):
+    assert main(["demo", "--epochs", "2", "--plot", f"{tmp_path}/curves.png"]) == 0
+    printed = capsys.readouterr().out
+    assert "within 1e-05" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)

@@ -1,0 +1,780 @@
+"""The Keras classes: Keras's results for Keras's arguments, and training that uses the others."""
+
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import fusedloss
+from fusedloss import losses, metrics
+
+RUN = {
+    "eager": lambda function: function,
+    "graph": lambda function: tf.function(function, autograph=False),
+    "xla": lambda function: tf.function(function, autograph=False, jit_compile=True),
+}
+COMPILED = fusedloss.backend() == "compiled"
+
+
+def both(name, **arguments):
+    """Our loss and Keras's."""
+    return getattr(losses, name)(**arguments), getattr(keras.losses, name)(**arguments)
+
+
+def sample(shape, name, from_logits, seed=0):
+    """Targets and predictions over the last axis of `shape`."""
+    rng = np.random.default_rng(seed)
+    predictions = rng.normal(size=shape).astype("float32")
+    if not from_logits:
+        predictions = np.exp(predictions) / np.exp(predictions).sum(-1, keepdims=True)
+    if name == "SparseCategoricalCrossentropy":
+        return rng.integers(0, shape[-1], shape[:-1]), predictions
+    targets = rng.random(shape).astype("float32")
+    return targets / targets.sum(-1, keepdims=True), predictions
+
+
+def loss_and_gradient(loss, targets, predictions, mask=None, sample_weight=None):
+    predictions = tf.convert_to_tensor(predictions)
+    with tf.GradientTape() as tape:
+        tape.watch(predictions)
+        if mask is not None:
+            predictions._keras_mask = mask
+        value = loss(targets, predictions, sample_weight)
+    return value, tape.gradient(value, predictions)
+
+
+def assert_same(ours, theirs, **tolerance):
+    tolerance = {"rtol": 2e-5, "atol": 1e-6, **tolerance}
+    for our, their in zip(tf.nest.flatten(ours), tf.nest.flatten(theirs), strict=True):
+        assert our.dtype == their.dtype
+        np.testing.assert_allclose(our, their, **tolerance)
+
+
+CLASSES = ("CategoricalCrossentropy", "SparseCategoricalCrossentropy")
+REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", None)
+# Shape of the predictions, and shapes of weights that Keras takes for them.
+WEIGHTS = {
+    (6, 5): [None, (), (6,), (6, 1), (1,), (3, 6), (4, 1, 1)],
+    (1, 5): [None, (), (1,), (1, 1), (4,)],
+    (4, 3, 5): [None, (), (4, 3), (4, 3, 1), (4, 1), (1, 3), (3,), (2, 4, 3)],
+    (4, 1, 5): [None, (), (4,), (4, 1), (1,), (4, 3)],
+}
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["evaluate", "train"])
+@pytest.mark.parametrize(
+    "shape,weights", [(s, w) for s, weights in WEIGHTS.items() for w in weights], ids=str
+)
+@pytest.mark.parametrize("name", CLASSES)
+def test_weights_masks_and_reductions_are_kerass(name, shape, weights, recorded):
+    targets, predictions = sample(shape, name, from_logits=True)
+    rng = np.random.default_rng(1)
+    weight = None if weights is None else rng.random(weights).astype("float32")
+    masks = [None]
+    if weights is None or len(weights) < len(shape):  # Keras cannot combine others with a mask.
+        masks += [tf.constant(rng.random(shape[:-1]) < 0.6), tf.zeros(shape[:-1], tf.bool)]
+    for reduction, mask in itertools.product(REDUCTIONS, masks):
+        results = []
+        for loss in both(name, from_logits=True, reduction=reduction):
+            if recorded:
+                results.append(loss_and_gradient(loss, targets, predictions, mask, weight))
+            else:
+                tensor = tf.constant(predictions)
+                if mask is not None:
+                    tensor._keras_mask = mask
+                results.append(loss(targets, tensor, weight))
+        assert_same(*results)
+
+
+ARGUMENTS = [
+    ("CategoricalCrossentropy", {}),
+    ("CategoricalCrossentropy", {"from_logits": True}),
+    ("CategoricalCrossentropy", {"label_smoothing": 0.1}),
+    ("CategoricalCrossentropy", {"from_logits": True, "label_smoothing": 0.3}),
+    ("CategoricalCrossentropy", {"axis": 1}),
+    ("CategoricalCrossentropy", {"axis": 1, "from_logits": True}),
+    ("CategoricalCrossentropy", {"axis": -2}),
+    ("CategoricalCrossentropy", {"axis": 0, "from_logits": True}),
+    ("SparseCategoricalCrossentropy", {}),
+    ("SparseCategoricalCrossentropy", {"from_logits": True}),
+    ("SparseCategoricalCrossentropy", {"ignore_class": 2}),
+    ("SparseCategoricalCrossentropy", {"ignore_class": 2, "from_logits": True}),
+    ("SparseCategoricalCrossentropy", {"ignore_class": -1, "from_logits": True}),
+]
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name,arguments", ARGUMENTS, ids=str)
+def test_arguments_of_keras_give_its_results(name, arguments, weighted, run):
+    targets, predictions = sample((7, 4, 5), name, arguments.get("from_logits", False))
+    if arguments.get("ignore_class") == -1:
+        targets[::2] = -1
+    axis = arguments.get("axis", -1)
+    if axis != -1:
+        targets, predictions = (np.moveaxis(x, -1, axis) for x in (targets, predictions))
+    losses_shape = np.delete(predictions.shape, axis)
+    weight = None
+    if weighted:
+        weight = np.random.default_rng(1).random(losses_shape).astype("float32")
+    # One reduction under XLA: it takes a second to compile.
+    for reduction in ["mean_with_sample_weight"] if run is RUN["xla"] else REDUCTIONS[2:]:
+        ours, theirs = both(name, reduction=reduction, **arguments)
+        assert_same(
+            *(
+                run(lambda y, x, loss=loss: loss_and_gradient(loss, y, x, sample_weight=weight))(
+                    tf.constant(targets), tf.constant(predictions)
+                )
+                for loss in (ours, theirs)
+            )
+        )
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("dtype", [None, "float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "predictions_dtype", ["float16", "bfloat16", "float32", "float64", "int32"]
+)
+def test_result_has_the_dtype_of_the_loss(name, dtype, predictions_dtype, run):
+    targets, predictions = sample((6, 5), name, from_logits=True)
+    predictions = tf.cast(3 * predictions, predictions_dtype)
+    ours, theirs = both(name, from_logits=True, dtype=dtype)
+    value, expected = (run(loss)(targets, predictions) for loss in (ours, theirs))
+    assert value.dtype == expected.dtype
+    half = {"float16": 2e-3, "bfloat16": 2e-2}
+    rtol = max(half.get(dtype, 1e-6), half.get(predictions_dtype, 1e-6))
+    np.testing.assert_allclose(
+        tf.cast(value, "float64"), tf.cast(expected, "float64"), rtol=4 * rtol
+    )
+
+
+@pytest.mark.parametrize("labels_dtype", ["int8", "uint8", "int32", "int64", "float32", "float64"])
+def test_labels_of_every_dtype_and_a_last_axis_of_one(labels_dtype):
+    labels, logits = sample((6, 5), "SparseCategoricalCrossentropy", from_logits=True)
+    ours, theirs = both("SparseCategoricalCrossentropy", from_logits=True)
+    for shape in ((6,), (6, 1)):
+        given = labels.astype(labels_dtype).reshape(shape)
+        assert_same(ours(given, logits), theirs(given, logits))
+    assert_same(ours(labels.tolist(), logits.tolist()), theirs(labels, logits))
+
+
+def test_labels_above_2_to_the_24_stay_exact():
+    labels = tf.constant([2**24 + 1])
+    loss = losses.SparseCategoricalCrossentropy(True, ignore_class=2**24, reduction=None)
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+        loss(labels, tf.zeros([1, 3]))  # As a float32 it would be the ignored 2^24.
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("name", CLASSES)
+def test_softmax_outputs_are_walked_back_to_their_logits(name, run):
+    targets, logits = sample((6, 5), name, from_logits=True)
+    logits *= 60  # The softmax saturates: from probabilities the gradient would be lost.
+    for softmax in (tf.nn.softmax, keras.activations.softmax):
+
+        def step(targets, logits, loss, softmax=softmax):
+            def of_logits(y, x, weight):
+                return loss(y, softmax(x), weight)
+
+            return loss_and_gradient(of_logits, targets, logits)
+
+        assert_same(
+            *(run(lambda y, x, loss=loss: step(y, x, loss))(targets, logits) for loss in both(name))
+        )
+    with pytest.warns(UserWarning, match="produced by a softmax"):
+        tf.function(
+            lambda x: losses.CategoricalCrossentropy(from_logits=True)(x, tf.nn.softmax(x))
+        )(tf.zeros([2, 3]))
+
+
+def test_a_single_class_warns_as_in_keras():
+    with pytest.warns(SyntaxWarning, match="single class"):
+        losses.CategoricalCrossentropy()(np.ones([4, 1]), np.ones([4, 1]))
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)], ids=str)
+def test_an_empty_batch_has_loss_0(name, shape, run):
+    targets, predictions = sample(shape, name, from_logits=True)
+    for reduction in REDUCTIONS[:-1]:
+        loss = getattr(losses, name)(from_logits=True, reduction=reduction)
+        value, gradient = run(lambda y, x, loss=loss: loss_and_gradient(loss, y, x))(
+            tf.constant(targets), tf.constant(predictions)
+        )
+        assert value.shape == () and value == 0 and gradient.shape == shape
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+def test_rows_that_do_not_count_hide_nan(run):
+    logits = tf.constant([[np.nan, 1.0, np.inf], [0.5, 1.0, 2.0], [np.nan] * 3])
+    ignoring = losses.SparseCategoricalCrossentropy(True, ignore_class=7)
+    value, gradient = run(lambda x: loss_and_gradient(ignoring, [7, 1, 7], x))(logits)
+    row, row_gradient = loss_and_gradient(ignoring, [1], logits[1:2])
+    assert_same((value, gradient[1:2]), (row, row_gradient))
+    np.testing.assert_array_equal(tf.gather(gradient, [0, 2]), np.zeros([2, 3]))
+
+    outside = losses.SparseCategoricalCrossentropy(True, subset=[0, 1])
+    value, gradient = run(lambda x: loss_and_gradient(outside, [2, 1, 2], x))(logits)
+    expected = np.log(1 + np.exp(-0.5)) / 3  # Rows outside stay in the divisor.
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_array_equal(tf.gather(gradient, [0, 2]), np.zeros([2, 3]))
+
+
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+def test_smoothing_along_another_axis_counts_its_classes(run):
+    """Keras divides by the size of the last axis."""
+    targets, logits = sample((6, 4, 5), "CategoricalCrossentropy", from_logits=True)
+    arguments = {"from_logits": True, "label_smoothing": 0.2}
+    moved = losses.CategoricalCrossentropy(axis=1, **arguments)
+    result = run(lambda y, x: loss_and_gradient(moved, y, x))(
+        np.moveaxis(targets, -1, 1), np.moveaxis(logits, -1, 1)
+    )
+    value, gradient = loss_and_gradient(
+        keras.losses.CategoricalCrossentropy(**arguments), targets, logits
+    )
+    assert_same(result, (value, tf.transpose(gradient, [0, 2, 1])))
+
+    labels = targets.argmax(-1)
+    sparse, stock = both("SparseCategoricalCrossentropy", from_logits=True)
+    moved = losses.SparseCategoricalCrossentropy(from_logits=True, axis=1)
+    assert_same(run(moved)(labels, np.moveaxis(logits, -1, 1)), stock(labels, logits))
+    assert_same(run(moved)(labels[:, None], np.moveaxis(logits, -1, 1)), stock(labels, logits))
+
+
+# Which path is taken.
+
+
+def ops_in(function, *arguments):
+    graph = tf.function(function, autograph=False).get_concrete_function(*arguments).graph
+    return {op.type for op in graph.get_operations() if op.type.startswith("Fusedloss>")}
+
+
+TRAINING = {"Fusedloss>SoftmaxXentReduced"}
+GENERAL = {"Fusedloss>SoftmaxXent", "Fusedloss>SoftmaxXentGrad"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_path_follows_from_what_is_recorded(name):
+    targets, logits = map(tf.constant, sample((6, 5), name, from_logits=True))
+    weight = tf.ones([6])
+    loss = getattr(losses, name)(from_logits=True)
+
+    def step(y, x, w=None, loss=loss, watch=()):
+        with tf.GradientTape() as tape:
+            tape.watch([x, *[{"y": y, "w": w}[i] for i in watch]])
+            value = loss(y, x, w)
+        return tape.gradient(value, x)
+
+    unreduced = getattr(losses, name)(from_logits=True, reduction=None)
+    expected = {
+        "evaluate": (lambda: ops_in(loss, targets, logits), {"Fusedloss>SoftmaxXent"}),
+        "plain": (lambda: ops_in(step, targets, logits), TRAINING),
+        "weights": (lambda: ops_in(step, targets, logits, weight), TRAINING),
+        "bfloat16": (lambda: ops_in(step, targets, tf.cast(logits, "bfloat16")), TRAINING),
+        "float16": (lambda: ops_in(step, targets, tf.cast(logits, "float16")), GENERAL),
+        "weights recorded": (
+            lambda: ops_in(lambda y, x, w: step(y, x, w, watch="w"), targets, logits, weight),
+            GENERAL,
+        ),
+        "weights that broadcast up": (
+            lambda: ops_in(step, targets, logits, tf.ones([3, 6])),
+            GENERAL,
+        ),
+        "no reduction": (
+            lambda: ops_in(lambda y, x: step(y, x, loss=unreduced), targets, logits),
+            GENERAL,
+        ),
+    }
+    if name == "CategoricalCrossentropy":
+        expected["targets recorded"] = (
+            lambda: ops_in(lambda y, x: step(y, x, watch="y"), targets, logits),
+            GENERAL,
+        )
+    for case, (traced, ops) in expected.items():
+        assert traced() == (ops if COMPILED else set()), case
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_and_dense_targets_have_their_gradient(name, reduction):
+    targets, logits = map(tf.constant, sample((6, 5), name, from_logits=True))
+    weight = tf.linspace(0.1, 1.0, 6)
+    weight = tf.cast(weight, tf.float32)
+    watched = [weight, logits] + ([targets] if targets.dtype.is_floating else [])
+    results = []
+    for loss in both(name, from_logits=True, reduction=reduction):
+        with tf.GradientTape() as tape:
+            tape.watch(watched)
+            value = loss(targets, logits, weight)
+        results.append(tape.gradient(value, watched))
+    assert_same(*results)
+
+
+def test_a_traced_step_is_differentiable_in_what_it_did_not_record():
+    """An outer tape may ask the training path for the gradient of its targets and weights."""
+    targets, logits = map(tf.constant, sample((6, 5), "CategoricalCrossentropy", True))
+    weight = tf.cast(tf.linspace(0.1, 1.0, 6), tf.float32)
+
+    def naive(y, x, w):
+        return tf.reduce_mean(-w * tf.reduce_sum(y * tf.nn.log_softmax(x), axis=-1))
+
+    results = []
+    for loss in (losses.CategoricalCrossentropy(from_logits=True), naive):
+
+        @tf.function(autograph=False)
+        def step(y, x, w, loss=loss):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = loss(y, x, w)
+            return value, tape.gradient(value, x)
+
+        with tf.GradientTape() as tape:
+            tape.watch([targets, logits, weight])
+            value, gradient = step(targets, logits, weight)
+            total = value + tf.reduce_sum(tf.sin(tf.range(30.0)) * tf.reshape(gradient, [-1]))
+        results.append(tape.gradient(total, [targets, logits, weight]))
+    assert_same(*results)
+
+
+# Second derivatives.
+
+
+def stock_mixture(targets, logits):
+    """0.8 on classes 0, 3 and 4 gathered, 0.2 on all; no row is outside."""
+    part = [tf.gather(x, [0, 3, 4], axis=-1) for x in (targets, logits)]
+
+    def cross_entropy(y, z):
+        return -tf.reduce_sum(y * tf.nn.log_softmax(z), axis=-1)
+
+    return 0.8 * cross_entropy(*part) + 0.2 * cross_entropy(targets, logits)
+
+
+MIXTURE = {"subset": [0, 3, 4], "subset_weight": 0.8, "full_weight": 0.2}
+
+
+@pytest.mark.parametrize("dtype,rtol", [("float32", 1e-4), ("float64", 1e-10)])
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("path", ["general", "training"])
+def test_second_derivatives(path, run, dtype, rtol):
+    targets, logits = sample((6, 5), "CategoricalCrossentropy", from_logits=True)
+    targets, logits = tf.cast(targets, dtype), tf.cast(logits, dtype)
+    rng = np.random.default_rng(2)
+    direction, cotangent = tf.constant(rng.normal(size=(6, 5)), dtype), tf.constant(0.7, dtype)
+    weights = tf.constant(rng.normal(size=6), dtype)
+    ours = {
+        "general": lambda y, x: tf.reduce_sum(weights * fusedloss.nn.softmax_xent(y, x, **MIXTURE)),
+        "training": losses.CategoricalCrossentropy(True, dtype=dtype, **MIXTURE),
+    }[path]
+    theirs = {
+        "general": lambda y, x: tf.reduce_sum(weights * stock_mixture(y, x)),
+        "training": lambda y, x: tf.reduce_mean(stock_mixture(y, x)),
+    }[path]
+
+    def second(loss):
+        def derivatives(y, x, dloss):
+            with tf.GradientTape() as outer:
+                outer.watch([x, dloss])
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    value = loss(y, x)
+                gradient = inner.gradient(value, x, dloss)
+            return gradient, outer.gradient(gradient, [x, dloss], direction)
+
+        return run(derivatives)(targets, logits, cotangent)
+
+    assert_same(second(ours), second(theirs), rtol=rtol, atol=rtol / 100)
+
+
+def test_third_derivatives():
+    targets, logits = sample((3, 5), "CategoricalCrossentropy", from_logits=True)
+    targets, logits = tf.cast(targets, "float64"), tf.cast(logits, "float64")
+    ours = losses.CategoricalCrossentropy(True, dtype="float64", **MIXTURE)
+
+    def third(loss):
+        tapes = [tf.GradientTape() for _ in range(3)]
+        with tapes[0]:
+            tapes[0].watch(logits)
+            with tapes[1]:
+                tapes[1].watch(logits)
+                with tapes[2]:
+                    tapes[2].watch(logits)
+                    value = loss(targets, logits)
+                value = tf.reduce_sum(tapes[2].gradient(value, logits) ** 3)
+            value = tf.reduce_sum(tf.sin(tapes[1].gradient(value, logits)))
+        return tapes[0].gradient(value, logits)
+
+    stock = third(lambda y, x: tf.reduce_mean(stock_mixture(y, x)))
+    assert_same(third(ours), stock, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["general", "training"])
+def test_jacobian_and_vectorized_map_need_no_loop(path, caplog):
+    targets, logits = sample((4, 5), "CategoricalCrossentropy", from_logits=True)
+    targets, logits = tf.cast(targets, "float64"), tf.cast(logits, "float64")
+    if path == "general":
+
+        def ours(y, x):
+            return fusedloss.nn.softmax_xent(y, x, **MIXTURE)
+
+        theirs = stock_mixture
+    else:
+        ours = losses.CategoricalCrossentropy(True, dtype="float64", **MIXTURE)
+
+        def theirs(y, x):
+            return tf.reduce_mean(stock_mixture(y, x))
+
+    def jacobian_and_hessian(loss):
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(logits)
+            with tf.GradientTape(persistent=True) as inner:
+                inner.watch(logits)
+                value = loss(targets, logits)
+            gradient = inner.gradient(value, logits)
+        jacobian = inner.jacobian if value.shape.rank else inner.gradient
+        return jacobian(value, logits), outer.jacobian(gradient, logits)
+
+    def mapped(loss):
+        def gradient(y, x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = loss(y, x)
+            return tape.gradient(value, x)
+
+        stacked = [tf.stack([x, x[::-1], 2 * x]) for x in (targets, logits)]
+        return (
+            tf.vectorized_map(lambda pair: gradient(*pair), tuple(stacked)),
+            tf.vectorized_map(lambda x: gradient(targets, x), stacked[1]),
+            tf.vectorized_map(lambda y: gradient(y, logits), stacked[0]),
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(jacobian_and_hessian(ours), jacobian_and_hessian(theirs), rtol=1e-9)
+        assert_same(mapped(ours), mapped(theirs), rtol=1e-9)
+    assert "while_loop" not in caplog.text
+
+
+def test_forward_mode():
+    targets, logits = sample((4, 5), "CategoricalCrossentropy", from_logits=True)
+    logits = tf.constant(logits)
+    direction = tf.random.stateless_normal(logits.shape, seed=[0, 1])
+
+    def jvp(loss):
+        with tf.autodiff.ForwardAccumulator(logits, direction) as forward:
+            with tf.GradientTape() as tape:
+                tape.watch(logits)
+                value = loss(targets, logits)
+            gradient = tape.gradient(value, logits)
+        return forward.jvp(value), forward.jvp(gradient)
+
+    ours, theirs = both("CategoricalCrossentropy", from_logits=True)
+    assert_same(jvp(ours), jvp(theirs))
+
+
+# Under fit.
+
+
+def clusters(rows=256, classes=5, features=8):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, rows)
+    points = rng.normal(size=(classes, features))[labels] + rng.normal(size=(rows, features))
+    return points.astype("float32"), labels, np.eye(classes, dtype="float32")[labels]
+
+
+def classifier(activation=None, outputs=1):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input([8])
+    hidden = keras.layers.Dense(16, activation="relu")(inputs)
+    heads = [
+        keras.layers.Dense(5, activation=activation, name=f"head{i}")(hidden)
+        for i in range(outputs)
+    ]
+    return keras.Model(inputs, heads if outputs > 1 else heads[0])
+
+
+def trained(loss, y, activation=None, outputs=1, optimizer="sgd", fit=None, **compiled):
+    """The weights after three epochs, the history, and the model."""
+    model = classifier(activation, outputs)
+    model.compile(optimizer, loss=loss, **compiled)
+    history = model.fit(clusters()[0], y, epochs=3, batch_size=64, verbose=0, **(fit or {}))
+    return model.get_weights(), history.history, model
+
+
+def assert_trains_alike(ours, theirs):
+    (weights, history, _), (stock_weights, stock_history, _) = ours, theirs
+    for weight, stock in zip(weights, stock_weights, strict=True):
+        np.testing.assert_allclose(weight, stock, rtol=1e-4, atol=1e-5)
+    for key, values in history.items():
+        np.testing.assert_allclose(values, stock_history[key], rtol=1e-4, err_msg=key)
+
+
+SUBSET = [0, 2]
+
+
+def naive_p1(targets, probabilities):
+    """All classes and a gathered subset, weighed 0.2 and 0.8; rows outside the subset have no L_S.
+
+    A loss per row: a scalar returned from a custom loss would be wrong under distribution.
+    """
+    entropy = keras.losses.categorical_crossentropy
+    gathered = [tf.gather(x, SUBSET, axis=-1) for x in (targets, probabilities)]
+    return 0.8 * entropy(*gathered) + 0.2 * entropy(targets, probabilities)
+
+
+MODES = {
+    "graph": {"jit_compile": False},
+    "xla": {"jit_compile": True},
+    "eager": {"run_eagerly": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_p1_two_heads_in_one_loss(mode):
+    targets = clusters()[2]
+    loss = losses.CategoricalCrossentropy(subset=SUBSET, subset_weight=0.8, full_weight=0.2)
+    assert_trains_alike(
+        trained(loss, targets, activation="softmax", **mode),
+        trained(naive_p1, targets, activation="softmax", **mode),
+    )
+
+
+def test_p1_two_heads_as_two_outputs():
+    targets = clusters()[2]
+    ours = [losses.CategoricalCrossentropy(), losses.CategoricalCrossentropy(subset=SUBSET)]
+
+    def naive(targets, probabilities):
+        gathered = [tf.gather(x, SUBSET, axis=-1) for x in (targets, probabilities)]
+        return keras.losses.categorical_crossentropy(*gathered)
+
+    arguments = {"activation": "softmax", "outputs": 2, "loss_weights": [0.2, 0.8]}
+    assert_trains_alike(
+        trained(ours, [targets] * 2, **arguments),
+        trained([keras.losses.CategoricalCrossentropy(), naive], [targets] * 2, **arguments),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_p2_class_mask(mode):
+    mask = [1, 0, 1, 0, 1]
+
+    def naive(targets, probabilities):
+        return keras.losses.categorical_crossentropy(targets * mask, probabilities * mask)
+
+    targets = clusters()[2]
+    assert_trains_alike(
+        trained(losses.CategoricalCrossentropy(subset=mask), targets, "softmax", **mode),
+        trained(naive, targets, "softmax", **mode),
+    )
+
+
+@pytest.mark.parametrize("form", ["dense", "integer"])
+def test_p3_subset_as_a_metric(form):
+    points, labels, dense = clusters()
+    y = dense if form == "dense" else labels
+    name = "CategoricalCrossentropy" if form == "dense" else "SparseCategoricalCrossentropy"
+    ours, theirs = both(name, from_logits=True)
+    metric = metrics.SubsetAccuracy(SUBSET)
+    _, history, model = trained(ours, y, weighted_metrics=[metric])
+    evaluated = model.evaluate(points, y, verbose=0, return_dict=True)
+    inside = np.isin(labels, SUBSET)
+    best = np.take(SUBSET, model.predict(points, verbose=0)[:, SUBSET].argmax(-1))
+    np.testing.assert_allclose(
+        evaluated["subset_accuracy"], (best == labels)[inside].mean(), rtol=1e-6
+    )
+    stock_weights, stock_history, _ = trained(theirs, y)
+    np.testing.assert_allclose(history["loss"], stock_history["loss"], rtol=1e-4)
+
+
+def test_subset_accuracy_by_hand():
+    scores = [[0.9, 0.1, 0.5], [0.2, 0.9, 0.2], [0.1, 0.2, 0.3], [0.0, 1.0, 0.0]]
+    metric = metrics.SubsetAccuracy([2, 0])
+    assert metric.result() == 0
+    metric.update_state([0, 2, 2, 1], scores)  # The second is a tie, taken by class 0.
+    np.testing.assert_allclose(metric.result(), 2 / 3)
+    metric.reset_state()
+    metric.update_state([[0], [2], [2], [1]], scores, sample_weight=[1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_allclose(metric.result(), 4 / 6)
+    metric.reset_state()
+    metric.update_state(np.eye(3)[[1, 1, 1, 1]], scores)
+    assert metric.result() == 0
+    sequence = np.array(scores, "float32").reshape(2, 2, 3)
+    metric.update_state([[0, 2], [2, 1]], sequence, sample_weight=[1.0, 3.0])
+    np.testing.assert_allclose(metric.result(), 4 / 5)
+    metric.reset_state()
+    masked = tf.constant(sequence)
+    masked._keras_mask = tf.constant([[True, False], [True, True]])
+    metric.update_state([[0, 2], [2, 1]], masked)
+    assert metric.result() == 1
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_sample_and_class_weights_in_fit(name):
+    _, labels, dense = clusters()
+    ours, theirs = both(name, from_logits=True)
+    fit = {"class_weight": {0: 1.0, 1: 2.0, 2: 0.5, 3: 0.0, 4: 1.0}}
+    y = dense if name == "CategoricalCrossentropy" else labels
+    assert_trains_alike(trained(ours, y, fit=fit), trained(theirs, y, fit=fit))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_and_loss_scaling(policy):
+    labels = clusters()[1]
+    ours, theirs = both("SparseCategoricalCrossentropy", from_logits=True)
+    keras.config.set_dtype_policy(policy)
+    try:
+        results = []
+        for loss in (ours, theirs):
+            optimizer = keras.optimizers.SGD(0.01)
+            if policy == "mixed_float16":
+                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+            results.append(trained(loss, labels, optimizer=optimizer))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for weight, stock in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_allclose(weight, stock, atol=2e-3)
+    np.testing.assert_allclose(results[0][1]["loss"], results[1][1]["loss"], rtol=1e-2)
+
+
+def test_loss_weights_and_gradient_accumulation():
+    labels = clusters()[1]
+    results = []
+    for loss in both("SparseCategoricalCrossentropy", from_logits=True):
+        optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        results.append(trained(loss, labels, optimizer=optimizer, loss_weights=0.3))
+    assert_trains_alike(*results)
+
+
+def test_masked_sequences_in_fit():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 7, (32, 6))
+    results = []
+    for loss in both("SparseCategoricalCrossentropy", from_logits=True):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.layers.Embedding(7, 8, mask_zero=True), keras.layers.Dense(7)]
+        )
+        model.compile("sgd", loss=loss)
+        history = model.fit(tokens, tokens, epochs=2, verbose=0)
+        results.append((model.get_weights(), history.history, model))
+    assert_trains_alike(*results)
+
+
+# Saving.
+
+
+ROUND_TRIPS = [
+    losses.CategoricalCrossentropy(
+        True, 0.1, axis=1, reduction="sum", name="mine", dtype="float64"
+    ),
+    losses.CategoricalCrossentropy(
+        subset=np.array([0, 2]), normalize="full", subset_weight=0.8, full_weight=0.2
+    ),
+    losses.CategoricalCrossentropy(
+        subset=np.array([True, False, True, False, True]), class_weight=range(5)
+    ),
+    losses.SparseCategoricalCrossentropy(True, ignore_class=-1, subset=(0, 2), label_smoothing=0.2),
+    metrics.SubsetAccuracy([1, 0, 1, 0, 1], name="part", dtype="float32"),
+]
+
+
+@pytest.mark.parametrize("instance", ROUND_TRIPS, ids=lambda x: type(x).__name__)
+def test_config_round_trips(instance):
+    serialized = keras.saving.serialize_keras_object(instance)
+    revived = keras.saving.deserialize_keras_object(serialized)
+    assert type(revived) is type(instance)
+    assert revived.get_config() == instance.get_config()
+    assert type(instance).from_config(instance.get_config()).get_config() == instance.get_config()
+
+
+def test_keras_files_keep_the_loss_and_the_metric(tmp_path):
+    points, _, targets = clusters()
+    loss = losses.CategoricalCrossentropy(subset=SUBSET, subset_weight=0.8, full_weight=0.2)
+    _, _, model = trained(loss, targets, "softmax", metrics=[metrics.SubsetAccuracy(SUBSET)])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.loss.get_config() == loss.get_config()
+    assert loaded.evaluate(points, targets, verbose=0) == model.evaluate(points, targets, verbose=0)
+    loaded.fit(points, targets, verbose=0)
+
+
+# In processes of their own.
+
+
+def run_python(*arguments, **environment):
+    here = pathlib.Path(__file__).parent
+    path = [
+        str(here),
+        str(pathlib.Path(fusedloss.__file__).parents[1]),
+        os.environ.get("PYTHONPATH"),
+    ]
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_keras_own_tests_pass():
+    done = run_python(
+        *("-m", "pytest", "-p", "keras_suite", "-p", "no:cacheprovider", "--rootdir", "."),
+        *("--pyargs", "keras.src.losses.losses_test", "-k", "CategoricalCrossentropyTest"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_replicas_train_as_one():
+    done = run_python("-c", REPLICAS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+REPLICAS = """
+import keras
+import numpy as np
+import tensorflow as tf
+
+cpus = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import fusedloss
+
+rng = np.random.default_rng(0)
+points, labels = rng.normal(size=(64, 8)).astype("float32"), rng.integers(0, 5, 64)
+weights = rng.random(64).astype("float32")
+
+
+def train(losses, strategy, reduction, sample_weight):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input([8]), keras.layers.Dense(5)])
+        loss = losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+        model.compile("sgd", loss=loss)
+    history = model.fit(points, labels, 16, 1, verbose=0, sample_weight=sample_weight)
+    return [*model.get_weights(), np.array(history.history["loss"])]
+
+
+mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert mirrored.num_replicas_in_sync == 2
+for reduction, sample_weight in (
+    ("sum_over_batch_size", None),
+    ("sum", weights),
+    ("mean_with_sample_weight", weights),
+):
+    ours = train(fusedloss.losses, mirrored, reduction, sample_weight)
+    theirs = train(keras.losses, mirrored, reduction, sample_weight)
+    for our, their in zip(ours, theirs):
+        np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-6)
+    if reduction == "sum_over_batch_size":
+        single = train(fusedloss.losses, tf.distribute.get_strategy(), reduction, sample_weight)
+        for our, one in zip(ours, single):
+            np.testing.assert_allclose(our, one, rtol=1e-4, atol=1e-6)
+"""
