@@ -12,7 +12,7 @@ namespace {
 
 // Blocks are large enough to amortise claiming one and small enough to balance the threads. Their
 // size depends on the shape alone: results are the same for any number of threads.
-constexpr int64_t kMinBlockElements = 16 << 10, kMaxBlockElements = 256 << 10, kBlocks = 128;
+constexpr int64_t kMinBlockElements = 16 << 10, kMaxBlockElements = 512 << 10, kBlocks = 64;
 constexpr int64_t kRowMultiple = 16;  // the most lanes of any level
 // From here on the gradient leaves the caches before anybody reads it.
 constexpr int64_t kStreamBytes = 8 << 20;
@@ -53,12 +53,15 @@ class Call {
     plan_.lowest = static_cast<A>(options.epsilon);
     plan_.highest = static_cast<A>(1 - options.epsilon);
     plan_.subset_size = static_cast<A>(plan_.has_subset ? args.subset_size : 1);
-    double full_class_weight = 0, subset_class_weight = 0;
-    for (int64_t c = 0; c < args.classes; ++c) full_class_weight += ClassWeight(c);
-    for (int64_t k = 0; k < args.subset_size; ++k)
-      subset_class_weight += ClassWeight(args.subset[k]);
-    plan_.full_class_weight = static_cast<A>(full_class_weight);
-    plan_.subset_class_weight = static_cast<A>(subset_class_weight);
+    plan_.full_class_weight = static_cast<A>(args.classes);
+    plan_.subset_class_weight = plan_.subset_size;
+    if (args.class_weight) {
+      double full = 0, subset = 0;
+      for (int64_t c = 0; c < args.classes; ++c) full += args.class_weight[c];
+      for (int64_t k = 0; k < args.subset_size; ++k) subset += args.class_weight[args.subset[k]];
+      plan_.full_class_weight = static_cast<A>(full);
+      plan_.subset_class_weight = static_cast<A>(subset);
+    }
     int64_t elements = args.rows * args.classes;
     plan_.stream = elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 
@@ -144,8 +147,6 @@ class Call {
   }
 
  private:
-  double ClassWeight(int64_t c) const { return args_.class_weight ? args_.class_weight[c] : 1; }
-
   // Labels as the passes want them; returns the first bad row, or −1.
   int64_t ReadLabels(int64_t begin, int64_t rows, int64_t* labels) const {
     for (int64_t r = 0; r < rows; ++r) {

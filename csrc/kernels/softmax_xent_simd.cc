@@ -8,8 +8,10 @@
 namespace fusedloss::FUSEDLOSS_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kAcrossClasses = 32;    // up to here a tile has a row per lane
-constexpr int64_t kCachedClasses = 4096;  // up to here exp(z) is kept between the two sweeps
+constexpr int64_t kAcrossClasses = 32;  // up to here a tile has a row per lane
+// Up to here e^{z − peak} of a row is kept between the two sweeps, on the stack and so in the
+// second-level cache, beside this row and the next.
+constexpr int64_t kCacheBytes = 128 << 10;
 constexpr int kPlainStats = 2, kRichStats = 5;
 
 // The lanes of a vector that hold classes.
@@ -70,7 +72,8 @@ struct Along {
   const A* targets;
   int64_t label;
   T* gradient;
-  A* cache;  // e^{z − peak} between the two sweeps, of kCachedClasses and a vector more; or null
+  A* cache;  // e^{z − peak} between the two sweeps, of kCacheBytes and a vector more; or null
+  bool has_next;
 
   Along(const SoftmaxXentPlan<A>& plan, const SoftmaxXentBlock<T>& block, int64_t row, A* cache)
       : plan(plan),
@@ -78,7 +81,8 @@ struct Along {
         targets(kDense ? block.targets + row * plan.classes : nullptr),
         label(kDense ? 0 : block.labels[row]),
         gradient(block.gradient ? block.gradient + row * plan.classes : nullptr),
-        cache(cache) {}
+        cache(cache),
+        has_next(row + 1 < block.rows) {}
 
   // Calls fn(first class, lanes, slot) for every vector, and end_run() now and then and at the end.
   template <typename Fn, typename EndRun>
@@ -152,6 +156,7 @@ struct Along {
 
   // The next row, into the second-level cache while this one is worked on.
   FUSEDLOSS_INLINE void Prefetch(int64_t c) const {
+    if (!has_next) return;
     __builtin_prefetch(predictions + plan.classes + c, 0, 2);
     if (kDense) __builtin_prefetch(targets + plan.classes + c, 0, 2);
   }
@@ -298,6 +303,7 @@ FUSEDLOSS_INLINE void IntoRows(Scratch& scratch, int rows, int64_t classes, T* t
 template <typename A>
 struct RowStats {
   Vec<A> subset_peak, subset_scale, full_peak, full_scale, subset_weight;
+  bool clips = true;  // false: from dense probabilities, known not to reach their bounds
 };
 
 template <typename A>
@@ -552,46 +558,20 @@ struct Divided {
     FUSEDLOSS_INLINE Mask<A> Between(V p) const { return ~(Below(p) | Above(p)); }
   };
 
-  // log(clip(p / sum))
-  FUSEDLOSS_INLINE V LogShare(const Bounds& bounds, V p, V log_p, V log_sum, V log_lowest,
-                              V log_highest) const {
-    V share = log_p - log_sum;
-    share = Select<A>(bounds.Below(p), log_lowest, share);
-    return Select<A>(bounds.Above(p), log_highest, share);
-  }
-
-  FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
-    RunningSum<A> all[kSlots], in_sum, in_targets;
-    tile.Each(
-        [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
-          V p = tile.Prediction(c, lanes);
-          all[slot.value] += p;
-          if constexpr (kRich) {
-            Mask<A> in = tile.InSubset(c, lanes);
-            in_sum += Keep<A>(in, p);
-            in_targets += Keep<A>(in, tile.Target(c, lanes));
-          }
-        },
-        [&] { EndRuns(all[0], all[1], all[2], all[3], in_sum, in_targets); });
-    const V full_sum = tile.SumOfRow(Sum(all));
-    V subset_sum = full_sum;
-    if (kRich && plan.has_subset && !plan.normalize_full) subset_sum = tile.SumOfRow(in_sum.total);
-    Mask<A> inside{};
-    if (kRich && plan.has_subset) inside = tile.SumOfRow(in_targets.total) != A(0);
-
+  // With shares that are clipped or all in use: per family Σ y^F·log(share), and Σ y^F of the
+  // shares that are between the bounds.
+  __attribute__((noinline)) void Clipped(const Bounds& full_bounds, const Bounds& subset_bounds,
+                                         V full_log, V subset_log, V& all_dot, V& all_between,
+                                         V& in_dot, V& in_between) const {
     const V log_lowest = Log<A>(Set(plan.lowest)), log_highest = Log<A>(Set(plan.highest));
-    const V full_log = Log<A>(full_sum), subset_log = Log<A>(subset_sum);
-    const Bounds full_bounds(plan, full_sum), subset_bounds(plan, subset_sum);
+    const bool smoothing = kRich && plan.label_smoothing != 0;
     const A smooth_all = plan.label_smoothing / A(plan.classes);
     const A smooth_in = plan.label_smoothing / plan.subset_size;
-    const bool smoothing = kRich && plan.label_smoothing != 0;
-    // Per family: Σ y^F·log(share), and Σ y^F of the shares that are between the bounds.
-    RunningSum<A> all_dot, all_between, in_dot, in_between;
+    RunningSum<A> all_dots, all_betweens, in_dots, in_betweens;
     tile.Each(
         [&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
-          if constexpr (!Tile::kManyRows) tile.Prefetch(c);
           V target = tile.Target(c, lanes);
-          if (!smoothing && !Any<A>(target != A(0))) return;  // one-hot rows are nearly all zeros
+          if (!smoothing && !Any<A>(target != A(0))) return;
           V p = tile.Prediction(c, lanes);
           V log_p = Log<A>(p);
           V weight = Set(A(1));
@@ -601,29 +581,109 @@ struct Divided {
           }
           V all_target = weight * (target + (smoothing ? smooth_all : A(0)));
           V all_share = LogShare(full_bounds, p, log_p, full_log, log_lowest, log_highest);
-          all_dot += Keep<A>(all_target != A(0), all_target * all_share);
-          all_between += Keep<A>(full_bounds.Between(p), all_target);
+          all_dots += Keep<A>(all_target != A(0), all_target * all_share);
+          all_betweens += Keep<A>(full_bounds.Between(p), all_target);
           if constexpr (kRich) {
             Mask<A> in = tile.InSubset(c, lanes);
             V in_target = Keep<A>(in, weight * (target + (smoothing ? smooth_in : A(0))));
             V in_share = LogShare(subset_bounds, p, log_p, subset_log, log_lowest, log_highest);
-            in_dot += Keep<A>(in_target != A(0), in_target * in_share);
-            in_between += Keep<A>(subset_bounds.Between(p), in_target);
+            in_dots += Keep<A>(in_target != A(0), in_target * in_share);
+            in_betweens += Keep<A>(subset_bounds.Between(p), in_target);
           }
         },
-        [&] { EndRuns(all_dot, all_between, in_dot, in_between); });
+        [&] { EndRuns(all_dots, all_betweens, in_dots, in_betweens); });
+    all_dot = tile.SumOfRow(all_dots.total);
+    all_between = tile.SumOfRow(all_betweens.total);
+    in_dot = tile.SumOfRow(in_dots.total);
+    in_between = tile.SumOfRow(in_betweens.total);
+  }
+
+  // log(clip(p / sum))
+  FUSEDLOSS_INLINE V LogShare(const Bounds& bounds, V p, V log_p, V log_sum, V log_lowest,
+                              V log_highest) const {
+    V share = log_p - log_sum;
+    share = Select<A>(bounds.Below(p), log_lowest, share);
+    return Select<A>(bounds.Above(p), log_highest, share);
+  }
+
+  FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
+    const bool smoothing = kRich && plan.label_smoothing != 0;
+    const V infinity = Set(A(__builtin_inf()));
+    // Σ p over each family, Σ y over S; then, supposing that no share is clipped, per family
+    // Σ w·y and Σ w·y·log(p), and the range of the p that have a target, to see whether that held.
+    RunningSum<A> all[kSlots], in_sum, in_targets;
+    RunningSum<A> all_weighted, all_logs, in_weighted, in_logs;
+    V lowest = infinity, highest = -infinity, in_lowest = infinity, in_highest = -infinity;
+    tile.Each(
+        [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
+          if constexpr (!Tile::kManyRows) tile.Prefetch(c);
+          V p = tile.Prediction(c, lanes);
+          V target = tile.Target(c, lanes);
+          Mask<A> in{};
+          all[slot.value] += p;
+          if constexpr (kRich) {
+            in = tile.InSubset(c, lanes);
+            in_sum += Keep<A>(in, p);
+            in_targets += Keep<A>(in, target);
+          }
+          Mask<A> counts = target != A(0);
+          if (smoothing || !Any<A>(counts)) return;  // one-hot rows are nearly all zeros
+          if constexpr (kRich) target *= tile.ClassWeight(c, lanes);
+          V product = Keep<A>(counts, target * Log<A>(p));
+          all_weighted += target;
+          all_logs += product;
+          V low = Select<A>(counts, p, infinity), high = Select<A>(counts, p, -infinity);
+          lowest = -Max<A>(-low, -lowest);
+          highest = Max<A>(high, highest);
+          if constexpr (kRich) {
+            in_weighted += Keep<A>(in, target);
+            in_logs += Keep<A>(in, product);
+            in_lowest = -Max<A>(-Select<A>(in, low, infinity), -in_lowest);
+            in_highest = Max<A>(Select<A>(in, high, -infinity), in_highest);
+          }
+        },
+        [&] {
+          EndRuns(all[0], all[1], all[2], all[3], all_weighted, all_logs);
+          if constexpr (kRich) EndRuns(in_sum, in_targets, in_weighted, in_logs);
+        });
+    const V full_sum = tile.SumOfRow(Sum(all));
+    V subset_sum = full_sum;
+    if (kRich && plan.has_subset && !plan.normalize_full) subset_sum = tile.SumOfRow(in_sum.total);
+    Mask<A> inside{};
+    if (kRich && plan.has_subset) inside = tile.SumOfRow(in_targets.total) != A(0);
+
+    const V full_log = Log<A>(full_sum), subset_log = Log<A>(subset_sum);
+    const Bounds full_bounds(plan, full_sum), subset_bounds(plan, subset_sum);
+    Mask<A> holds = (lowest >= full_bounds.lowest) & (highest <= full_bounds.highest);
+    if constexpr (kRich) {
+      holds &= (in_lowest >= subset_bounds.lowest) & (in_highest <= subset_bounds.highest);
+    }
+    stats.clips = smoothing || Any<A>(~holds);
+    V all_dot, all_between, in_dot{}, in_between{};
+    if (stats.clips) {
+      Clipped(full_bounds, subset_bounds, full_log, subset_log, all_dot, all_between, in_dot,
+              in_between);
+    } else {
+      const A unsmoothed = kRich ? plan.one_minus_smoothing : A(1);
+      all_between = unsmoothed * tile.SumOfRow(all_weighted.total);
+      all_dot = unsmoothed * tile.SumOfRow(all_logs.total) - all_between * full_log;
+      if constexpr (kRich) {
+        in_between = unsmoothed * tile.SumOfRow(in_weighted.total);
+        in_dot = unsmoothed * tile.SumOfRow(in_logs.total) - in_between * subset_log;
+      }
+    }
     // NaN and Inf among the predictions reach the loss through their sum.
-    V loss = full_sum * A(0) - tile.SumOfRow(all_dot.total);
+    V loss = full_sum * A(0) - all_dot;
     stats.full_peak = full_sum;
-    stats.full_scale = tile.SumOfRow(all_between.total) / full_sum;
+    stats.full_scale = all_between / full_sum;
     if constexpr (kRich) {
       loss *= plan.full_weight;
       stats.full_scale *= plan.full_weight;
       stats.subset_peak = subset_sum;
       stats.subset_weight = Keep<A>(inside, Set(plan.subset_weight));
-      V subset_loss = subset_sum * A(0) - tile.SumOfRow(in_dot.total);
+      V subset_loss = subset_sum * A(0) - in_dot;
       loss += Keep<A>(inside, plan.subset_weight * subset_loss);
-      V scale = Keep<A>(inside, plan.subset_weight * tile.SumOfRow(in_between.total) / subset_sum);
+      V scale = Keep<A>(inside, plan.subset_weight * in_between / subset_sum);
       stats.subset_scale = plan.normalize_full ? V{} : scale;
       if (plan.normalize_full) stats.full_scale += scale;
     }
@@ -647,18 +707,19 @@ struct Divided {
       }
       if (smoothing || Any<A>(target != A(0))) {
         V p = tile.Prediction(c, lanes);
-        V share = Keep<A>(full_bounds.Between(p), cotangent / p);
+        V all_target = target, in_target{};
         if constexpr (kRich) {
-          V weight = tile.ClassWeight(c, lanes);
           target *= plan.one_minus_smoothing;
-          V all_target = weight * (target + (smoothing ? smooth_all : A(0)));
-          V in_target = weight * (target + (smoothing ? smooth_in : A(0))) * stats.subset_weight;
-          V in_share = Keep<A>(subset_bounds.Between(p), cotangent / p);
-          pull -= Keep<A>(all_target != A(0), plan.full_weight * all_target * share);
-          pull -= Keep<A>(in & (in_target != A(0)), in_target * in_share);
-        } else {
-          pull -= Keep<A>(target != A(0), target * share);
+          all_target = plan.full_weight * (target + (smoothing ? smooth_all : A(0)));
+          in_target = stats.subset_weight * (target + (smoothing ? smooth_in : A(0)));
+          in_target = Keep<A>(in, in_target);
         }
+        if (stats.clips) {
+          all_target = Keep<A>(full_bounds.Between(p), all_target);
+          if constexpr (kRich) in_target = Keep<A>(subset_bounds.Between(p), in_target);
+        }
+        if constexpr (kRich) all_target = tile.ClassWeight(c, lanes) * (all_target + in_target);
+        pull -= Keep<A>(all_target != A(0), cotangent * all_target / p);
       }
       tile.Emit(c, lanes, pull);
     });
@@ -726,6 +787,7 @@ void RunAlong(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
   using Tile = Along<T, kDense>;
   using Formula = typename FormulaOf<kLogits, kRich, kDense, Tile>::Type;
   constexpr int kStats = kRich ? kRichStats : kPlainStats;
+  constexpr int64_t kCachedClasses = kCacheBytes / sizeof(A);
   alignas(64) A memory[kCachedClasses + kLanes<A>];
   A* cache = pass == Pass::kBoth && plan.classes <= kCachedClasses ? memory : nullptr;
   for (int64_t row = 0; row < block.rows; ++row) {

@@ -165,10 +165,19 @@ class CallKernel : public tensorflow::XlaOpKernel {
 }  // namespace
 
 bool RegisterXlaCall(const Op& op) {
-  new tensorflow::XlaOpRegistrar(tensorflow::XlaOpRegistrationBuilder::Name(op.name).Build(
-      [](tensorflow::OpKernelConstruction* context) -> tensorflow::OpKernel* {
-        return new CallKernel(context);
-      }));
+  auto create = [](tensorflow::OpKernelConstruction* context) -> tensorflow::OpKernel* {
+    return new CallKernel(context);
+  };
+  new tensorflow::XlaOpRegistrar(tensorflow::XlaOpRegistrationBuilder::Name(op.name).Build(create));
+  // XLA makes the kernels of its compilation devices once, when the first op of the process runs,
+  // and forgets ops that are registered later: for them it is done here.
+  const tensorflow::KernelList of_another = tensorflow::GetRegisteredKernelsForOp("AddV2");
+  for (const tensorflow::KernelDef& kernel : of_another.kernel()) {
+    if (!tensorflow::XlaOpRegistry::IsCompilationDevice(kernel.device_type())) continue;
+    new tensorflow::kernel_factory::OpKernelRegistrar(
+        tensorflow::KernelDefBuilder(op.name).Device(kernel.device_type().c_str()).Build(),
+        "CallKernel", create);
+  }
   return true;
 }
 
