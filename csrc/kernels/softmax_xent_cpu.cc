@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels/softmax_xent.h"
@@ -85,6 +86,10 @@ class Call {
       plan_.in_subset = in_subset_.data();
     }
 
+    pipelines_ = !plan_.rich && plan_.from_logits && args.targets == nullptr &&
+                 args.classes >= kMinPipelineClasses &&
+                 args.classes * static_cast<int64_t>(sizeof(A)) <= kPipelineBytes;
+
     int64_t block_elements = std::clamp(elements / kBlocks, kMinBlockElements, kMaxBlockElements);
     block_rows_ = std::max<int64_t>(1, block_elements / std::max<int64_t>(1, args.classes));
     if (block_rows_ > kRowMultiple) block_rows_ -= block_rows_ % kRowMultiple;
@@ -136,6 +141,15 @@ class Call {
       block.stats = stats ? stats + begin * stats_per_row : nullptr;
       block.cotangents = block_cotangents.data();
       block.gradient = gradient ? gradient + begin * args_.classes : nullptr;
+      struct Free {
+        void operator()(A* scratch) const { ::operator delete(scratch, std::align_val_t(64)); }
+      };
+      std::unique_ptr<A, Free> scratch;
+      if (pass == passes_.both && pipelines_) {
+        size_t bytes = (args_.classes + kRowMultiple) * sizeof(A);
+        scratch.reset(static_cast<A*>(::operator new(bytes, std::align_val_t(64))));
+        block.scratch = scratch.get();
+      }
       if (gathers_) {
         RunGathered(pass, block);
       } else {
@@ -208,7 +222,7 @@ class Call {
   const SoftmaxXentArgs<T>& args_;
   const SoftmaxXentPasses<T> passes_;
   SoftmaxXentPlan<A> plan_;
-  bool gathers_ = false;
+  bool gathers_ = false, pipelines_ = false;
   std::vector<uint8_t> in_subset_;
   std::vector<A> class_weight_;
   int64_t block_rows_ = 1, blocks_ = 0;

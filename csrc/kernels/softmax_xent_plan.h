@@ -9,6 +9,12 @@
 
 namespace fusedloss {
 
+// Rows of plain cross-entropy from logits and labels are pipelined if they are this long, and short
+// enough for their powers to stay in the second-level cache; see softmax_xent_simd.cc.
+constexpr int64_t kPipelineChunk = 512;  // classes
+constexpr int64_t kMinPipelineClasses = 4 * kPipelineChunk;
+constexpr int64_t kPipelineBytes = 512 << 10;
+
 // What is the same for all rows. `A` is the type of sums.
 template <typename A>
 struct SoftmaxXentPlan {
@@ -39,6 +45,7 @@ struct SoftmaxXentBlock {
   A* stats;             // out of the forward pass, in to the backward one
   const A* cotangents;  // [rows]
   T* gradient;          // out
+  A* scratch;           // [classes + 16], aligned to 64 bytes, where rows are pipelined
 };
 
 // One version of the three passes.

@@ -8,10 +8,8 @@
 namespace fusedloss::FUSEDLOSS_CPU_LEVEL {
 namespace {
 
-constexpr int64_t kAcrossClasses = 32;  // up to here a tile has a row per lane
-// Up to here e^{z − peak} of a row is kept between the two sweeps, on the stack and so in the
-// second-level cache, beside this row and the next.
-constexpr int64_t kCacheBytes = 128 << 10;
+constexpr int64_t kAcrossClasses = 32;     // up to here a tile has a row per lane
+constexpr int64_t kCacheBytes = 16 << 10;  // up to here e^{z − peak} of a row is kept on the stack
 constexpr int kPlainStats = 2, kRichStats = 5;
 
 // The lanes of a vector that hold classes.
@@ -275,10 +273,11 @@ FUSEDLOSS_INLINE void IntoLanes(const T* from, int rows, int64_t classes, Scratc
     for (; i + kVector <= count; i += kVector) Store(scratch.rows + i, Load(from + i));
     if (i < count) Store(scratch.rows + i, LoadFirst(from + i, static_cast<int>(count - i)));
   }
-  for (int r = 0; r < kVector; ++r) {
-    // Lanes without a row repeat the first one: no NaN is made up, and nothing of them is kept.
-    const A* row = numbers + (r < rows ? r : 0) * classes;
-    for (int64_t c = 0; c < classes; ++c) to[c * kVector + r] = row[c];
+  // Lanes without a row repeat the first one: no NaN is made up, and nothing of them is kept.
+  int64_t row[kVector];
+  for (int r = 0; r < kVector; ++r) row[r] = (r < rows ? r : 0) * classes;
+  for (int64_t c = 0; c < classes; ++c, ++numbers) {
+    for (int r = 0; r < kVector; ++r) to[c * kVector + r] = numbers[row[r]];
   }
 }
 
@@ -814,6 +813,229 @@ void RunAlong(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
   if (plan.stream) _mm_sfence();
 }
 
+// Plain cross-entropy of long rows from logits and labels, both passes: where the time goes. The
+// gradient of a row is written while the next row is read, vector by vector, so that memory sees
+// reads and writes all the time and exp is computed in their shadow. That takes one read of a row:
+// exp is taken relative to the greatest logit before the chunk, kept in block.scratch, and scaled
+// to the peak of the row when it is written. A chunk that rises far above that is done again.
+template <typename T>
+class Pipeline {
+ public:
+  Pipeline(const SoftmaxXentPlan<Accumulator<T>>& plan, const SoftmaxXentBlock<T>& block)
+      : classes_(plan.classes),
+        stream_(plan.stream),
+        powers_(block.scratch),
+        chunks_((classes_ - kVector) / kChunk) {}
+
+  void Run(const SoftmaxXentBlock<T>& block) {
+    int64_t previous = -1;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      if (block.labels[row] < 0) {
+        block.loss[row] = 0;
+        __builtin_memset(block.gradient + row * classes_, 0, classes_ * sizeof(T));
+        continue;
+      }
+      Read(block, row);
+      if (previous < 0) {
+        Sweep<true, false>();
+      } else {
+        Sweep<true, true>();
+      }
+      block.loss[row] = EndRow(block.cotangents[row]);
+      Write(block, row);
+      previous = row;
+    }
+    if (previous >= 0) Sweep<false, true>();
+    if (stream_) _mm_sfence();
+  }
+
+ private:
+  using A = Accumulator<T>;
+  using V = Vec<A>;
+  static constexpr int kVector = kLanes<A>;
+  static constexpr int64_t kChunk = kPipelineChunk;
+  static constexpr int64_t kMaxChunks = kPipelineBytes / sizeof(A) / kChunk + 1;
+  static constexpr int64_t kAhead = 4096 / sizeof(T);  // classes from a load to the prefetch
+  static constexpr int kMaxRise = 40;                  // nats: e^40 summed over any row is finite
+
+  void Read(const SoftmaxXentBlock<T>& block, int64_t row) {
+    logits_ = block.predictions + row * classes_;
+    logit_ = LoadOne(logits_ + block.labels[row]);
+  }
+
+  // The row just read is the one to write from here on.
+  void Write(const SoftmaxXentBlock<T>& block, int64_t row) {
+    constexpr int64_t kBytes = kVector * sizeof(T);
+    gradient_ = block.gradient + row * classes_;
+    label_ = block.labels[row];
+    cotangent_ = Set(block.cotangents[row]);
+    head_ = 0;
+    if (stream_) {
+      head_ = (kBytes - reinterpret_cast<uintptr_t>(gradient_) % kBytes) % kBytes / sizeof(T);
+    }
+  }
+
+  static FUSEDLOSS_INLINE FirstLanes<A> First(int64_t count) {
+    int lanes = static_cast<int>(count);
+    return {lanes, LaneIds<A>() < Mask<A>{} + lanes};
+  }
+
+  FUSEDLOSS_INLINE V Gradient(int64_t c, V power, V factor) const {
+    V pull = power * factor;
+    if (static_cast<uint64_t>(label_ - c) < static_cast<uint64_t>(kVector)) {
+      Mask<A> is_label = LaneIds<A>() == Mask<A>{} + static_cast<int>(label_ - c);
+      pull -= Keep<A>(is_label, cotangent_);
+    }
+    return pull;
+  }
+  FUSEDLOSS_INLINE void Emit(int64_t c, V power, V factor) const {
+    V pull = Gradient(c, power, factor);
+    if (stream_) {
+      Stream(gradient_ + c, pull);
+    } else {
+      Store(gradient_ + c, pull);
+    }
+  }
+
+  // A chunk without a finite logit must not make exp(−Inf + Inf).
+  static FUSEDLOSS_INLINE V Finite(V peak) {
+    return Max<A>(peak, Set(std::is_same_v<A, float> ? A(-0x1.fffffep127) : A(-0x1p1023)));
+  }
+
+  // Powers of the row that is read replace those of the row that is written.
+  template <bool kReads, bool kWrites>
+  __attribute__((noinline)) void Sweep() {
+    V reference = kReads ? Peak(0, kChunk) : V{};
+    if constexpr (kWrites) {
+      // Up to the first aligned vector; chunks are written from here on, each `head` late.
+      if (head_ > 0) {
+        V pull = Gradient(0, Load(powers_), Set(factors_[0]));
+        StoreFirst(gradient_, pull, static_cast<int>(head_));
+      }
+    }
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) Chunk<kReads, kWrites>(chunk, reference);
+    Rest<kReads, kWrites>();
+  }
+
+  // The peak of whole vectors, in all lanes.
+  FUSEDLOSS_INLINE V Peak(int64_t begin, int64_t end) const {
+    V peak = Set(A(-__builtin_inf()));
+    for (int64_t c = begin; c + kVector <= end; c += kVector) {
+      peak = Max<A>(Load(logits_ + c), peak);
+    }
+    return Finite(MaxOfLanes<A>(peak));
+  }
+
+  template <bool kReads, bool kWrites>
+  FUSEDLOSS_INLINE void Chunk(int64_t chunk, V& reference) {
+    const int64_t begin = chunk * kChunk;
+    V sum[2] = {}, peak[2] = {reference, reference};
+    V factor{}, last_factor{};
+    if constexpr (kWrites) {
+      factor = Set(factors_[chunk]);
+      Mask<A> inside = LaneIds<A>() < Mask<A>{} + static_cast<int>(kVector - head_);
+      last_factor = Select<A>(inside, factor, Set(factors_[chunk + 1]));
+    }
+    const T* logits = logits_ + begin;
+    A* powers = powers_ + begin;
+    auto vector = [&](int64_t c, int slot, V factor) FUSEDLOSS_FLATTEN {
+      V old{};
+      if constexpr (kWrites) old = Load(powers + c + head_);
+      if constexpr (kReads) {
+        V z = Load(logits + c);
+        peak[slot] = Max<A>(z, peak[slot]);
+        V power = Exp<A>(z - reference);
+        sum[slot] += power;
+        Store(powers + c, power);
+        __builtin_prefetch(logits + c + kAhead, 0, 3);
+      }
+      if constexpr (kWrites) Emit(begin + c + head_, old, factor);
+    };
+    int64_t c = 0;
+    for (; c < kChunk - 2 * kVector; c += 2 * kVector) {
+      vector(c, 0, factor);
+      vector(c + kVector, 1, factor);
+    }
+    vector(c, 0, factor);
+    vector(c + kVector, 1, last_factor);
+    if constexpr (kReads) {
+      V highest = MaxOfLanes<A>(Max<A>(peak[0], peak[1]));
+      if (Any<A>(highest - reference > A(kMaxRise))) {
+        sum[0] = sum[1] = V{};
+        reference = highest;
+        for (int64_t c = 0; c < kChunk; c += kVector) {
+          V power = Exp<A>(Load(logits + c) - reference);
+          sum[0] += power;
+          Store(powers + c, power);
+        }
+      }
+      peaks_[chunk] = reference[0];
+      sums_[chunk] = SumOfLanes<A>(sum[0] + sum[1])[0];
+      reference = highest;
+    }
+  }
+
+  // What the chunks leave over: more than a vector, so that none reaches past the end.
+  template <bool kReads, bool kWrites>
+  FUSEDLOSS_INLINE void Rest() {
+    const int64_t begin = chunks_ * kChunk;
+    if constexpr (kWrites) {
+      const V factor = Set(factors_[chunks_]);
+      int64_t c = begin + head_;
+      for (; c + kVector <= classes_; c += kVector) Emit(c, Load(powers_ + c), factor);
+      if (c < classes_) {
+        V pull = Gradient(c, LoadFirst(powers_ + c, static_cast<int>(classes_ - c)), factor);
+        StoreFirst(gradient_ + c, pull, static_cast<int>(classes_ - c));
+      }
+    }
+    if constexpr (kReads) {
+      // The vector at the end may overlap the one before it: harmless for a peak.
+      V peak = Max<A>(Peak(begin, classes_), Peak(classes_ - kVector, classes_));
+      V sum{};
+      int64_t c = begin;
+      for (; c + kVector <= classes_; c += kVector) {
+        V power = Exp<A>(Load(logits_ + c) - peak);
+        sum += power;
+        Store(powers_ + c, power);
+      }
+      if (c < classes_) {
+        FirstLanes<A> lanes = First(classes_ - c);
+        V power = Keep<A>(lanes.mask, Exp<A>(LoadFirst(logits_ + c, lanes.count) - peak));
+        sum += power;
+        StoreFirst(powers_ + c, power, lanes.count);
+      }
+      peaks_[chunks_] = peak[0];
+      sums_[chunks_] = SumOfLanes<A>(sum)[0];
+    }
+  }
+
+  // The loss of the row that was read; factors_ becomes what its powers are to be multiplied by.
+  A EndRow(A cotangent) {
+    A peak = peaks_[0], sum = 0;
+    for (int64_t k = 1; k <= chunks_; ++k) peak = peaks_[k] > peak ? peaks_[k] : peak;
+    for (int64_t k = chunks_ + 1; k % kVector != 0; ++k) peaks_[k] = peak;
+    for (int64_t k = 0; k <= chunks_; k += kVector) {
+      Store(factors_ + k, Exp<A>(Load(peaks_ + k) - peak));
+    }
+    for (int64_t k = 0; k <= chunks_; ++k) sum += sums_[k] * factors_[k];
+    for (int64_t k = 0; k <= chunks_; ++k) factors_[k] *= cotangent / sum;
+    return Log<A>(Set(sum))[0] - (logit_ - peak);
+  }
+
+  const int64_t classes_;
+  const bool stream_;
+  A* const powers_;       // [classes + a vector]
+  const int64_t chunks_;  // full ones
+  const T* logits_ = nullptr;
+  A logit_ = 0;
+  T* gradient_ = nullptr;
+  int64_t label_ = 0;
+  int64_t head_ = 0;
+  V cotangent_{};
+  alignas(64) A peaks_[kMaxChunks + kVector], sums_[kMaxChunks + kVector];
+  alignas(64) A factors_[kMaxChunks + kVector];
+};
+
 template <typename T, bool kLogits, bool kRich, bool kDense>
 void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
                const SoftmaxXentBlock<T>& block) {
@@ -851,6 +1073,9 @@ void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
 template <typename T, bool kLogits, bool kRich, bool kDense>
 void RunTiles(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
               const SoftmaxXentBlock<T>& block) {
+  if constexpr (kLogits && !kRich && !kDense) {
+    if (block.scratch) return Pipeline<T>(plan, block).Run(block);
+  }
   if (plan.classes <= kAcrossClasses) {
     RunAcross<T, kLogits, kRich, kDense>(pass, plan, block);
   } else {
