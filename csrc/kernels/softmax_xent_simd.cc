@@ -863,38 +863,49 @@ class Pipeline {
     logit_ = LoadOne(logits_ + block.labels[row]);
   }
 
+  // The gradient of one row; copied to where it is used, so that no store can change it.
+  struct Writer {
+    T* gradient = nullptr;
+    int64_t label = 0;
+    int64_t head = 0;  // classes before the first vector that is aligned
+    V cotangent{};
+    bool stream = false;
+
+    FUSEDLOSS_INLINE V Gradient(int64_t c, V power, V factor) const {
+      V pull = power * factor;
+      if (static_cast<uint64_t>(label - c) < static_cast<uint64_t>(kVector)) {
+        Mask<A> is_label = LaneIds<A>() == Mask<A>{} + static_cast<int>(label - c);
+        pull -= Keep<A>(is_label, cotangent);
+      }
+      return pull;
+    }
+    FUSEDLOSS_INLINE void Emit(int64_t c, V power, V factor) const {
+      V pull = Gradient(c, power, factor);
+      if (stream) {
+        Stream(gradient + c, pull);
+      } else {
+        Store(gradient + c, pull);
+      }
+    }
+    FUSEDLOSS_INLINE void EmitFirst(int64_t c, V power, V factor, int64_t count) const {
+      StoreFirst(gradient + c, Gradient(c, power, factor), static_cast<int>(count));
+    }
+  };
+
   // The row just read is the one to write from here on.
   void Write(const SoftmaxXentBlock<T>& block, int64_t row) {
     constexpr int64_t kBytes = kVector * sizeof(T);
-    gradient_ = block.gradient + row * classes_;
-    label_ = block.labels[row];
-    cotangent_ = Set(block.cotangents[row]);
-    head_ = 0;
+    writer_ = {block.gradient + row * classes_, block.labels[row], 0, Set(block.cotangents[row]),
+               stream_};
     if (stream_) {
-      head_ = (kBytes - reinterpret_cast<uintptr_t>(gradient_) % kBytes) % kBytes / sizeof(T);
+      int64_t past = reinterpret_cast<uintptr_t>(writer_.gradient) % kBytes;
+      writer_.head = (kBytes - past) % kBytes / sizeof(T);
     }
   }
 
   static FUSEDLOSS_INLINE FirstLanes<A> First(int64_t count) {
     int lanes = static_cast<int>(count);
     return {lanes, LaneIds<A>() < Mask<A>{} + lanes};
-  }
-
-  FUSEDLOSS_INLINE V Gradient(int64_t c, V power, V factor) const {
-    V pull = power * factor;
-    if (static_cast<uint64_t>(label_ - c) < static_cast<uint64_t>(kVector)) {
-      Mask<A> is_label = LaneIds<A>() == Mask<A>{} + static_cast<int>(label_ - c);
-      pull -= Keep<A>(is_label, cotangent_);
-    }
-    return pull;
-  }
-  FUSEDLOSS_INLINE void Emit(int64_t c, V power, V factor) const {
-    V pull = Gradient(c, power, factor);
-    if (stream_) {
-      Stream(gradient_ + c, pull);
-    } else {
-      Store(gradient_ + c, pull);
-    }
   }
 
   // A chunk without a finite logit must not make exp(−Inf + Inf).
@@ -908,10 +919,7 @@ class Pipeline {
     V reference = kReads ? Peak(0, kChunk) : V{};
     if constexpr (kWrites) {
       // Up to the first aligned vector; chunks are written from here on, each `head` late.
-      if (head_ > 0) {
-        V pull = Gradient(0, Load(powers_), Set(factors_[0]));
-        StoreFirst(gradient_, pull, static_cast<int>(head_));
-      }
+      writer_.EmitFirst(0, Load(powers_), Set(factors_[0]), writer_.head);
     }
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) Chunk<kReads, kWrites>(chunk, reference);
     Rest<kReads, kWrites>();
@@ -931,25 +939,27 @@ class Pipeline {
     const int64_t begin = chunk * kChunk;
     V sum[2] = {}, peak[2] = {reference, reference};
     V factor{}, last_factor{};
+    const Writer writer = writer_;
+    const V before = reference;
     if constexpr (kWrites) {
       factor = Set(factors_[chunk]);
-      Mask<A> inside = LaneIds<A>() < Mask<A>{} + static_cast<int>(kVector - head_);
+      Mask<A> inside = LaneIds<A>() < Mask<A>{} + static_cast<int>(kVector - writer.head);
       last_factor = Select<A>(inside, factor, Set(factors_[chunk + 1]));
     }
     const T* logits = logits_ + begin;
     A* powers = powers_ + begin;
     auto vector = [&](int64_t c, int slot, V factor) FUSEDLOSS_FLATTEN {
       V old{};
-      if constexpr (kWrites) old = Load(powers + c + head_);
+      if constexpr (kWrites) old = Load(powers + c + writer.head);
       if constexpr (kReads) {
         V z = Load(logits + c);
         peak[slot] = Max<A>(z, peak[slot]);
-        V power = Exp<A>(z - reference);
+        V power = Exp<A>(z - before);
         sum[slot] += power;
         Store(powers + c, power);
         __builtin_prefetch(logits + c + kAhead, 0, 3);
       }
-      if constexpr (kWrites) Emit(begin + c + head_, old, factor);
+      if constexpr (kWrites) writer.Emit(begin + c + writer.head, old, factor);
     };
     int64_t c = 0;
     for (; c < kChunk - 2 * kVector; c += 2 * kVector) {
@@ -981,11 +991,11 @@ class Pipeline {
     const int64_t begin = chunks_ * kChunk;
     if constexpr (kWrites) {
       const V factor = Set(factors_[chunks_]);
-      int64_t c = begin + head_;
-      for (; c + kVector <= classes_; c += kVector) Emit(c, Load(powers_ + c), factor);
+      int64_t c = begin + writer_.head;
+      for (; c + kVector <= classes_; c += kVector) writer_.Emit(c, Load(powers_ + c), factor);
       if (c < classes_) {
-        V pull = Gradient(c, LoadFirst(powers_ + c, static_cast<int>(classes_ - c)), factor);
-        StoreFirst(gradient_ + c, pull, static_cast<int>(classes_ - c));
+        V powers = LoadFirst(powers_ + c, static_cast<int>(classes_ - c));
+        writer_.EmitFirst(c, powers, factor, classes_ - c);
       }
     }
     if constexpr (kReads) {
@@ -1028,10 +1038,7 @@ class Pipeline {
   const int64_t chunks_;  // full ones
   const T* logits_ = nullptr;
   A logit_ = 0;
-  T* gradient_ = nullptr;
-  int64_t label_ = 0;
-  int64_t head_ = 0;
-  V cotangent_{};
+  Writer writer_;
   alignas(64) A peaks_[kMaxChunks + kVector], sums_[kMaxChunks + kVector];
   alignas(64) A factors_[kMaxChunks + kVector];
 };
