@@ -90,21 +90,25 @@ FUSEDLOSS_INLINE bool Any(Mask<A> mask) {
 #endif
 }
 
-// a > b ? a : b, so that of a NaN and something else it is b. GCC does not find the instruction.
+// a > b ? a : b, and a < b ? a : b: of a NaN and something else, b. GCC does not find them itself.
+#if defined(__AVX512F__)
+#define FUSEDLOSS_OF_WIDTH(name) _mm512_##name
+#elif defined(__AVX2__)
+#define FUSEDLOSS_OF_WIDTH(name) _mm256_##name
+#else
+#define FUSEDLOSS_OF_WIDTH(name) _mm_##name
+#endif
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> Max(Vec<A> a, Vec<A> b) {
-  constexpr bool kFloat = std::is_same_v<A, float>;
-#if defined(__AVX512F__)
-  if constexpr (kFloat) return _mm512_max_ps(a, b);
-  if constexpr (!kFloat) return _mm512_max_pd(a, b);
-#elif defined(__AVX2__)
-  if constexpr (kFloat) return _mm256_max_ps(a, b);
-  if constexpr (!kFloat) return _mm256_max_pd(a, b);
-#else
-  if constexpr (kFloat) return _mm_max_ps(a, b);
-  if constexpr (!kFloat) return _mm_max_pd(a, b);
-#endif
+  if constexpr (std::is_same_v<A, float>) return FUSEDLOSS_OF_WIDTH(max_ps)(a, b);
+  if constexpr (std::is_same_v<A, double>) return FUSEDLOSS_OF_WIDTH(max_pd)(a, b);
 }
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Min(Vec<A> a, Vec<A> b) {
+  if constexpr (std::is_same_v<A, float>) return FUSEDLOSS_OF_WIDTH(min_ps)(a, b);
+  if constexpr (std::is_same_v<A, double>) return FUSEDLOSS_OF_WIDTH(min_pd)(a, b);
+}
+#undef FUSEDLOSS_OF_WIDTH
 
 // Butterflies: every lane ends up with the same sum (or greatest) of all lanes.
 template <typename A>
@@ -356,9 +360,9 @@ FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
 #endif
 }
 
-// The natural logarithm of a positive normal number, within 2 ulp; −Inf of 0. +Inf and NaN stay.
+// The natural logarithm of a positive normal number, within 2 ulp.
 template <typename A>
-FUSEDLOSS_INLINE Vec<A> Log(Vec<A> x) {
+FUSEDLOSS_INLINE Vec<A> LogOfNormal(Vec<A> x) {
   using F = Float<A>;
   // Split x = mantissa · 2^exponent with the mantissa in [√½, √2).
   Mask<A> sqrt_half = BitCast<Mask<A>>(Set(A(0.70710678118654752440)));
@@ -369,7 +373,13 @@ FUSEDLOSS_INLINE Vec<A> Log(Vec<A> x) {
   Vec<A> s = (mantissa - A(1)) / (mantissa + A(1));
   Vec<A> s2 = s * s;
   Vec<A> low = Polynomial<A>(F::kLog, s2) * s2 * s + scale * F::kLn2Low;
-  Vec<A> log = scale * F::kLn2High + (s + s + low);
+  return scale * F::kLn2High + (s + s + low);
+}
+
+// The same; −Inf of 0. +Inf and NaN stay.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Log(Vec<A> x) {
+  Vec<A> log = LogOfNormal<A>(x);
   log = x == A(0) ? Set(A(-__builtin_inf())) : log;
   return x - x == A(0) ? log : x;
 }

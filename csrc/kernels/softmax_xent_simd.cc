@@ -612,7 +612,7 @@ struct Divided {
     // Σ w·y and Σ w·y·log(p), and the range of the p that have a target, to see whether that held.
     RunningSum<A> all[kSlots], in_sum, in_targets;
     RunningSum<A> all_weighted, all_logs, in_weighted, in_logs;
-    V lowest = infinity, highest = -infinity, in_lowest = infinity, in_highest = -infinity;
+    V lowest = infinity, highest = -infinity;
     tile.Each(
         [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
           if constexpr (!Tile::kManyRows) tile.Prefetch(c);
@@ -626,19 +626,16 @@ struct Divided {
             in_targets += Keep<A>(in, target);
           }
           Mask<A> counts = target != A(0);
-          if (smoothing || !Any<A>(counts)) return;  // one-hot rows are nearly all zeros
+          if (!Any<A>(counts)) return;  // one-hot rows are nearly all zeros
           if constexpr (kRich) target *= tile.ClassWeight(c, lanes);
-          V product = Keep<A>(counts, target * Log<A>(p));
+          V product = Keep<A>(counts, target * LogOfNormal<A>(p));
           all_weighted += target;
           all_logs += product;
-          V low = Select<A>(counts, p, infinity), high = Select<A>(counts, p, -infinity);
-          lowest = -Max<A>(-low, -lowest);
-          highest = Max<A>(high, highest);
+          lowest = Min<A>(Select<A>(counts, p, infinity), lowest);
+          highest = Max<A>(Keep<A>(counts, p), highest);
           if constexpr (kRich) {
             in_weighted += Keep<A>(in, target);
             in_logs += Keep<A>(in, product);
-            in_lowest = -Max<A>(-Select<A>(in, low, infinity), -in_lowest);
-            in_highest = Max<A>(Select<A>(in, high, -infinity), in_highest);
           }
         },
         [&] {
@@ -653,10 +650,8 @@ struct Divided {
 
     const V full_log = Log<A>(full_sum), subset_log = Log<A>(subset_sum);
     const Bounds full_bounds(plan, full_sum), subset_bounds(plan, subset_sum);
-    Mask<A> holds = (lowest >= full_bounds.lowest) & (highest <= full_bounds.highest);
-    if constexpr (kRich) {
-      holds &= (in_lowest >= subset_bounds.lowest) & (in_highest <= subset_bounds.highest);
-    }
+    Mask<A> holds = (lowest >= full_bounds.lowest) & (highest <= full_bounds.highest) &
+                    (lowest >= subset_bounds.lowest) & (highest <= subset_bounds.highest);
     stats.clips = smoothing || Any<A>(~holds);
     V all_dot, all_between, in_dot{}, in_between{};
     if (stats.clips) {
