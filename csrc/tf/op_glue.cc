@@ -5,6 +5,8 @@
 #include <map>
 #include <memory>
 
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
@@ -48,9 +50,10 @@ std::string Describe(const PartialDims& shape) {
 // What the words of a Shapes stand for so far.
 class Bindings {
  public:
-  // Matches one input; false leaves the bindings as they were.
-  bool Match(const std::string& words, const PartialDims& shape) {
-    Bindings before = *this;
+  // Matches one input.
+  bool Match(absl::string_view words, const PartialDims& shape) {
+    if (!absl::StrContains(words, " | ")) return MatchForm(words, shape);
+    const Bindings before = *this;
     for (absl::string_view form : absl::StrSplit(words, " | ")) {
       if (MatchForm(form, shape)) return true;
       *this = before;
@@ -60,7 +63,7 @@ class Bindings {
 
   PartialDims Resolve(const std::string& words) const {
     PartialDims shape;
-    for (const std::string& word : Words(words)) {
+    for (absl::string_view word : Words(words)) {
       if (word == "...") {
         if (!leading_.known_rank) return leading_;
         shape.dims.insert(shape.dims.end(), leading_.dims.begin(), leading_.dims.end());
@@ -72,15 +75,17 @@ class Bindings {
   }
 
  private:
-  static std::vector<std::string> Words(absl::string_view words) {
+  static std::vector<absl::string_view> Words(absl::string_view words) {
     return absl::StrSplit(words, ' ', absl::SkipEmpty());
   }
 
-  int64_t SizeOf(const std::string& word) const {
+  int64_t SizeOf(absl::string_view word) const {
     int64_t size;
     if (absl::SimpleAtoi(word, &size)) return size;
-    auto found = sizes_.find(word);
-    return found == sizes_.end() ? kUnknown : found->second;
+    for (const auto& [known, value] : sizes_) {
+      if (known == word) return value;
+    }
+    return kUnknown;
   }
 
   static bool Merge(int64_t size, int64_t* into) {
@@ -90,7 +95,7 @@ class Bindings {
 
   bool MatchForm(absl::string_view form, const PartialDims& shape) {
     if (!shape.known_rank) return true;
-    std::vector<std::string> words = Words(form);
+    std::vector<absl::string_view> words = Words(form);
     size_t leading = 0;
     bool has_leading = !words.empty() && words[0] == "...";
     if (has_leading) {
@@ -108,26 +113,37 @@ class Bindings {
       int64_t size = SizeOf(words[i]);
       if (!Merge(shape.dims[leading + i], &size)) return false;
       int64_t literal;
-      if (!absl::SimpleAtoi(words[i], &literal)) sizes_[words[i]] = size;
+      if (size != kUnknown && !absl::SimpleAtoi(words[i], &literal)) {
+        sizes_.emplace_back(words[i], size);
+      }
     }
     return true;
   }
 
   PartialDims leading_{false, {}};
-  std::map<std::string, int64_t> sizes_;
+  // The words live in the Shapes that are being resolved.
+  std::vector<std::pair<absl::string_view, int64_t>> sizes_;
 };
+
+// What was got, up to and including input `last`.
+std::string Got(const Shapes& shapes, const std::vector<PartialDims>& inputs, size_t last) {
+  std::vector<std::string> got;
+  for (size_t i = 0; i <= last; ++i) {
+    std::pair<std::string, std::string> input = absl::StrSplit(shapes.inputs[i], ": ");
+    got.push_back(absl::StrCat(input.first, " ", Describe(inputs[i])));
+  }
+  return absl::StrJoin(got, ", ");
+}
 
 absl::Status Resolve(const Op& op, const Shapes& shapes, const std::vector<PartialDims>& inputs,
                      std::vector<PartialDims>* outputs) {
   Bindings bindings;
-  std::vector<std::string> seen;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    std::pair<std::string, std::string> input = absl::StrSplit(shapes.inputs[i], ": ");
-    seen.push_back(absl::StrCat(input.first, " ", Describe(inputs[i])));
+    std::pair<absl::string_view, absl::string_view> input = absl::StrSplit(shapes.inputs[i], ": ");
     if (!bindings.Match(input.second, inputs[i])) {
       return absl::InvalidArgumentError(absl::StrCat(
           op.name, ": `", input.first, "` has shape ", Describe(inputs[i]), ", expected [",
-          input.second, "], where equal words mean equal sizes; got ", absl::StrJoin(seen, ", ")));
+          input.second, "], where equal words mean equal sizes; got ", Got(shapes, inputs, i)));
     }
   }
   for (const std::string& words : shapes.outputs) outputs->push_back(bindings.Resolve(words));
