@@ -55,7 +55,8 @@ def _is_possible(values):
     return not (case.get("subset") == "many" and case.get("shape", (0, 3))[-1] <= 2)
 
 
-PAIRS = list(AllPairs(list(FACTORS.values()), filter_func=_is_possible))
+# Every three values of three factors that can meet do so in some case.
+TRIPLES = list(AllPairs(list(FACTORS.values()), filter_func=_is_possible, n=3))
 PRODUCT = [
     values
     for values in itertools.product(*FACTORS.values())
@@ -168,7 +169,7 @@ def _name(values):
     return "-".join(str(value).replace(" ", "") for value in values)
 
 
-@pytest.mark.parametrize("values", PAIRS, ids=_name)
+@pytest.mark.parametrize("values", TRIPLES, ids=_name)
 def test_error_is_within_twice_tensorflows(values):
     _check(values)
 
@@ -234,6 +235,56 @@ def test_a_subset_far_below_the_rest_keeps_its_digits(classes, distance):
     np.testing.assert_allclose(loss, exact_loss.astype(np.float64), rtol=2e-6)
     gradient = tape.gradient(loss, x)
     np.testing.assert_allclose(gradient, exact_gradient.astype(np.float64), atol=1e-6)
+
+
+# Long rows are written while the next one is read, in chunks whose powers are relative to what
+# came before: logits that rise, fall, jump and vanish, rows left out, rows that are not aligned.
+LONG_ROWS = {
+    "rising": lambda z: np.sort(z * 30, axis=-1),
+    "falling": lambda z: -np.sort(z * 30, axis=-1),
+    "a jump in the last chunk": lambda z: z + 1e4 * (np.arange(z.shape[-1]) == z.shape[-1] - 3),
+    "a jump in the middle": lambda z: z + 500 * (np.arange(z.shape[-1]) > z.shape[-1] // 2),
+    "nothing at first": lambda z: np.where(np.arange(z.shape[-1]) < 1100, -np.inf, z),
+    "nothing but the label": lambda z: np.where(np.arange(z.shape[-1]) == 1500, z, -np.inf),
+}
+
+
+@pytest.mark.parametrize("form", LONG_ROWS.values(), ids=LONG_ROWS)
+@pytest.mark.parametrize("shape", [(5, 2048), (4, 2571), (700, 3001)])
+def test_long_rows_of_any_profile(shape, form):
+    rng = np.random.default_rng(0)
+    logits = form(rng.normal(size=shape)).astype(np.float32)
+    labels = np.where(rng.random(shape[0]) < 0.2, -1, 1500)
+    fused = SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1, reduction="sum")
+    weights = rng.normal(size=shape[0]).astype(np.float32)
+    x = tf.constant(logits)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = fused(labels, x, sample_weight=weights)
+    gradient = tape.gradient(loss, x).numpy()
+    with np.errstate(invalid="ignore"):
+        exact_loss, exact_gradient = truth.softmax_xent(logits, labels, ignore_class=-1)
+    exact_gradient = (exact_gradient * weights[:, None]).astype(np.float64)
+    np.testing.assert_allclose(gradient, exact_gradient, atol=2e-6, rtol=1e-4)
+    total = (exact_loss * weights).astype(np.float64)
+    np.testing.assert_allclose(loss, total.sum(), rtol=1e-5, atol=1e-6 * np.abs(total).sum())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_and_inf_stay_in_their_long_row(bad, dtype):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 4001)).astype(tf.as_dtype(dtype).as_numpy_dtype)
+    logits[2, 3777] = bad
+    fused = SparseCategoricalCrossentropy(from_logits=True)
+    x = tf.constant(logits)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = fused(rng.integers(0, 4001, 6), x)
+    gradient = tf.cast(tape.gradient(loss, x), tf.float32).numpy()
+    assert np.isnan(loss)
+    assert np.flatnonzero(~np.isfinite(gradient).any(-1)).tolist() == [2]
+    assert np.isfinite(np.delete(gradient, 2, axis=0)).all()
 
 
 @pytest.mark.long

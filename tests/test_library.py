@@ -150,6 +150,27 @@ def test_many_callers_of_many_losses_do_not_wait_for_each_other():
     assert run.stdout.strip() == "finished", run.stderr[-2000:]
 
 
+BEFORE = {
+    "nothing": "",
+    "an op": "tf.constant(1.0) + 1",
+    "a compiled op": "tf.function(lambda x: x + 1, jit_compile=True)(tf.constant(1.0))",
+}
+
+
+@needs_library
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+def test_xla_knows_the_ops_whatever_ran_before_they_were_loaded(before):
+    run = run_python(f"""
+import tensorflow as tf
+{before}
+import fusedloss
+loss = fusedloss.losses.SparseCategoricalCrossentropy(from_logits=True)
+print(float(tf.function(loss, jit_compile=True)(tf.constant([1]), tf.zeros([1, 4]))))
+""")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert float(run.stdout) == pytest.approx(np.log(4))
+
+
 # Stands where the compiled module would be, built for another TensorFlow.
 OTHER_BUILD = """
 import sys, types, warnings
