@@ -1,10 +1,11 @@
 """Every form of every op is as accurate as TensorFlow on the same inputs, give or take an ulp.
 
-The bound, of DESIGN's numerics: with f64 the truth (in long double) and TF the plain TensorFlow
+The bound of csrc/kernels/README.md: with f64 the truth (in long double) and TF the plain TensorFlow
 form in the same dtype, max|ours − f64| ≤ 2·max|TF − f64| + 4·ε·max|f64|, for loss and gradient.
 """
 
 import itertools
+import random
 import zlib
 
 import numpy as np
@@ -55,13 +56,13 @@ def _is_possible(values):
     return not (case.get("subset") == "many" and case.get("shape", (0, 3))[-1] <= 2)
 
 
-# Every three values of three factors that can meet do so in some case.
-TRIPLES = list(AllPairs(list(FACTORS.values()), filter_func=_is_possible, n=3))
+PAIRS = list(AllPairs(list(FACTORS.values()), filter_func=_is_possible))
 PRODUCT = [
     values
     for values in itertools.product(*FACTORS.values())
     if _is_possible(values) and zlib.crc32(repr(values).encode()) % 40 == 0
 ]
+DRAWN = [*PAIRS, *random.Random(0).sample(PRODUCT, 250)]
 
 
 def sample(case, rng):
@@ -105,14 +106,14 @@ def sample(case, rng):
     return predictions, targets, arguments, rng.normal(size=rows).astype(sums)
 
 
-def check_error(ours, tensorflow, exact, epsilon, what):
+def check_error(ours, tensorflow, exact, terms, epsilon, what):
     ours, tensorflow = np.asarray(ours, np.longdouble), np.asarray(tensorflow, np.longdouble)
     assert ours.shape == exact.shape, what
     if exact.size == 0:
         return
     allowed = 2 * np.abs(tensorflow - exact).max() + 4 * epsilon * np.abs(exact).max()
-    # A loss or gradient that is 0 in exact arithmetic is made of terms of size 1.
-    allowed = max(allowed, 4 * epsilon * 1e-2)
+    # What is 0 in exact arithmetic, such as the loss over one class, is a difference of terms.
+    allowed = max(allowed, epsilon * terms)
     error = np.abs(ours - exact).max()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
@@ -122,8 +123,12 @@ def _check(values):
     rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
     predictions, targets, arguments, cotangents = sample(case, rng)
     sparse = case["targets"].startswith("int")
-    exact_loss, exact_gradient = truth.softmax_xent(predictions, targets, **arguments)
+    with np.errstate(invalid="ignore"):  # −Inf − −Inf, in rows that do not count
+        exact_loss, exact_gradient, loss_terms, gradient_terms = truth.with_terms(
+            predictions, targets, **arguments
+        )
     exact_gradient = exact_gradient * cotangents.astype(np.longdouble)[..., None]
+    gradient_terms *= np.abs(cotangents).max(initial=0)
     name = "sparse_softmax_xent" if sparse else "softmax_xent"
 
     def rows_of(module):
@@ -142,7 +147,7 @@ def _check(values):
     epsilon = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(case["dtype"], sums_epsilon)
     if case["path"] == "general" or not case["shape"][:-1]:
         loss, gradient = RUN[case["run"]](rows_of(fusedloss.nn))(*inputs)
-        check_error(loss, tf_loss, exact_loss, sums_epsilon, "loss")
+        check_error(loss, tf_loss, exact_loss, loss_terms, sums_epsilon, "loss")
     else:
         kind = SparseCategoricalCrossentropy if sparse else CategoricalCrossentropy
         fused = kind(reduction="sum", dtype=cotangents.dtype.name, **arguments)
@@ -157,19 +162,19 @@ def _check(values):
         scale = np.abs(exact_loss * cotangents).sum()
         error = abs(np.longdouble(loss.numpy()) - (exact_loss * cotangents).sum())
         tf_error = np.abs((tf_loss.numpy() - exact_loss) * cotangents).sum()
-        assert error <= 2 * tf_error + 4 * sums_epsilon * max(scale, 1e-2), "reduced loss"
+        terms = np.abs(cotangents).sum() * loss_terms
+        allowed = 2 * tf_error + sums_epsilon * max(4 * scale, terms)
+        assert error <= allowed, f"reduced loss: error {error:.3g}, allowed {allowed:.3g}"
     assert gradient.dtype == predictions.dtype
-    check_error(
-        tf.cast(gradient, tf.float64), tf.cast(tf_gradient, tf.float64), exact_gradient, epsilon,
-        "gradient",
-    )  # fmt: skip
+    gradient, tf_gradient = tf.cast(gradient, tf.float64), tf.cast(tf_gradient, tf.float64)
+    check_error(gradient, tf_gradient, exact_gradient, gradient_terms, epsilon, "gradient")
 
 
 def _name(values):
     return "-".join(str(value).replace(" ", "") for value in values)
 
 
-@pytest.mark.parametrize("values", TRIPLES, ids=_name)
+@pytest.mark.parametrize("values", DRAWN, ids=_name)
 def test_error_is_within_twice_tensorflows(values):
     _check(values)
 

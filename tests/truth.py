@@ -5,7 +5,7 @@ import numpy as np
 EPSILON = 1e-7  # Keras's, of probabilities
 
 
-def softmax_xent(
+def with_terms(
     predictions,
     targets,
     *,
@@ -18,7 +18,7 @@ def softmax_xent(
     label_smoothing=0.0,
     class_weight=None,
 ):
-    """Loss `[...]` and its gradient `[..., classes]` row by row, for labels or dense targets."""
+    """`softmax_xent`, and the largest of the terms that loss and gradient are the differences of."""
     x = np.asarray(predictions).astype(np.longdouble)
     classes = x.shape[-1]
     everything = np.arange(classes)
@@ -43,6 +43,7 @@ def softmax_xent(
         families = [(subset_weight, ids, over, inside), full]
 
     loss, gradient = np.zeros(x.shape[:-1], x.dtype), np.zeros_like(x)
+    loss_terms, gradient_terms = np.zeros_like(x), np.zeros_like(x)
     for weight, family, over, rows in families:
         in_family, in_over = np.isin(everything, family), np.isin(everything, over)
         shares = np.where(
@@ -59,6 +60,8 @@ def softmax_xent(
             sum_over = power.sum(-1, keepdims=True)
             nats = np.log(sum_over) - (z - peak)
             pull = (total * power / sum_over - shares) * slope
+            loss_terms += weight * shares * np.abs(z - (peak if from_logits else 0))
+            gradient_terms += weight * shares * slope
         else:
             sum_over = np.where(in_over, x, 0).sum(-1, keepdims=True)
             q = x / sum_over
@@ -66,7 +69,14 @@ def softmax_xent(
             nats = -np.log(clipped)
             dq = np.where(clipped == q, -shares / clipped, 0)
             pull = (dq - np.where(in_over, (dq * q).sum(-1, keepdims=True), 0)) / sum_over
+            loss_terms += weight * shares * np.abs(np.log(clipped))
+            gradient_terms += weight * np.abs(dq) / sum_over
         part = np.where(shares != 0, shares * nats, 0).sum(-1)
         loss += np.where(rows, weight * part, 0)
         gradient += np.where(rows[..., None], weight * pull, 0)
-    return loss, gradient
+    return loss, gradient, loss_terms.max(initial=0), gradient_terms.max(initial=0)
+
+
+def softmax_xent(predictions, targets, **arguments):
+    """Loss `[...]` and its gradient `[..., classes]` row by row, for labels or dense targets."""
+    return with_terms(predictions, targets, **arguments)[:2]

@@ -207,12 +207,14 @@ struct Across {
   Across(const SoftmaxXentPlan<A>& plan, const int64_t* block_labels, int rows, Scratch& scratch,
          bool caches)
       : plan(plan), scratch(scratch), caches(caches) {
+    using Lane = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
+    Lane lanes[kVector];
     for (int r = 0; r < kVector; ++r) {
-      int64_t label = r >= rows ? -1 : kDense ? 0 : block_labels[r];
-      active[r] = label >= 0 ? -1 : 0;
-      labels[r] = label < 0 ? 0 : label;
-      label_lanes[r] = labels[r];
+      lanes[r] = r >= rows ? -1 : kDense ? 0 : static_cast<Lane>(block_labels[r]);
+      labels[r] = lanes[r] < 0 ? 0 : lanes[r];
     }
+    __builtin_memcpy(&label_lanes, lanes, sizeof(lanes));
+    active = label_lanes >= 0;
   }
 
   template <typename Fn, typename EndRun>
@@ -252,14 +254,44 @@ struct Across {
   FUSEDLOSS_INLINE V MaxOfRow(V v) const { return v; }
   template <typename Fn>
   FUSEDLOSS_INLINE V OfLabels(Fn&& fn) const {
-    V v;
-    for (int r = 0; r < kVector; ++r) v[r] = fn(r, labels[r]);
-    return v;
+    A values[kVector];  // a vector's elements one by one would each wait for the last
+    for (int r = 0; r < kVector; ++r) values[r] = fn(r, labels[r]);
+    return Load(values);
   }
   FUSEDLOSS_INLINE A PredictionAt(int r, int64_t c) const {
     return scratch.predictions[c * kVector + r];
   }
 };
+
+// to[c, r] = from[r, c] for [rows, columns], of row lengths that may be larger.
+template <typename A>
+FUSEDLOSS_INLINE void Transpose(const A* from, int64_t rows, int64_t columns, int64_t from_length,
+                                A* to, int64_t to_length) {
+  int64_t whole_rows = 0, whole_columns = 0;
+  if constexpr (std::is_same_v<A, float>) {  // in blocks of 4 by 4
+    whole_rows = rows - rows % 4;
+    whole_columns = columns - columns % 4;
+    for (int64_t r = 0; r < whole_rows; r += 4) {
+      for (int64_t c = 0; c < whole_columns; c += 4) {
+        const float* block = from + r * from_length + c;
+        __m128 x0 = _mm_loadu_ps(block), x1 = _mm_loadu_ps(block + from_length);
+        __m128 x2 = _mm_loadu_ps(block + 2 * from_length);
+        __m128 x3 = _mm_loadu_ps(block + 3 * from_length);
+        _MM_TRANSPOSE4_PS(x0, x1, x2, x3);
+        float* place = to + c * to_length + r;
+        _mm_storeu_ps(place, x0);
+        _mm_storeu_ps(place + to_length, x1);
+        _mm_storeu_ps(place + 2 * to_length, x2);
+        _mm_storeu_ps(place + 3 * to_length, x3);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) {
+      to[c * to_length + r] = from[r * from_length + c];
+    }
+  }
+}
 
 // [rows, classes] into [classes, lanes].
 template <typename T, typename Scratch, typename A = Accumulator<T>>
@@ -273,11 +305,10 @@ FUSEDLOSS_INLINE void IntoLanes(const T* from, int rows, int64_t classes, Scratc
     for (; i + kVector <= count; i += kVector) Store(scratch.rows + i, Load(from + i));
     if (i < count) Store(scratch.rows + i, LoadFirst(from + i, static_cast<int>(count - i)));
   }
+  Transpose(numbers, rows, classes, classes, to, kVector);
   // Lanes without a row repeat the first one: no NaN is made up, and nothing of them is kept.
-  int64_t row[kVector];
-  for (int r = 0; r < kVector; ++r) row[r] = (r < rows ? r : 0) * classes;
-  for (int64_t c = 0; c < classes; ++c, ++numbers) {
-    for (int r = 0; r < kVector; ++r) to[c * kVector + r] = numbers[row[r]];
+  for (int r = rows; r < kVector; ++r) {
+    for (int64_t c = 0; c < classes; ++c) to[c * kVector + r] = to[c * kVector];
   }
 }
 
@@ -287,9 +318,7 @@ FUSEDLOSS_INLINE void IntoRows(Scratch& scratch, int rows, int64_t classes, T* t
   constexpr int kVector = kLanes<A>;
   A* numbers = scratch.rows;
   if constexpr (std::is_same_v<T, A>) numbers = to;
-  for (int r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < classes; ++c) numbers[r * classes + c] = scratch.cache[c * kVector + r];
-  }
+  Transpose(scratch.cache, classes, rows, kVector, numbers, classes);
   if constexpr (!std::is_same_v<T, A>) {
     int64_t count = rows * classes, i = 0;
     for (; i + kVector <= count; i += kVector) Store(to + i, Load(numbers + i));
@@ -1058,14 +1087,14 @@ void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
         LoadStats<A>(block.stats + (row + r) * kStats, kRich, r, stats);
     } else {
       Vec<A> loss = Keep<A>(tile.active, Forward<Formula>(tile, stats));
-      for (int r = 0; r < rows; ++r) block.loss[row + r] = loss[r];
+      rows == kLanes<A> ? Store(block.loss + row, loss) : StoreFirst(block.loss + row, loss, rows);
     }
     if (pass == Pass::kForward) {
       for (int r = 0; r < rows; ++r)
         SaveStats<A>(stats, kRich, r, block.stats + (row + r) * kStats);
     } else {
-      Vec<A> cotangents{};
-      for (int r = 0; r < rows; ++r) cotangents[r] = block.cotangents[row + r];
+      Vec<A> cotangents = rows == kLanes<A> ? Load(block.cotangents + row)
+                                            : LoadFirst(block.cotangents + row, rows);
       Backward<Formula>(tile, stats, cotangents);
       IntoRows(scratch, rows, plan.classes, block.gradient + first);
     }
