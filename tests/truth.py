@@ -18,7 +18,7 @@ def with_terms(
     label_smoothing=0.0,
     class_weight=None,
 ):
-    """`softmax_xent`, and the largest of the terms that loss and gradient are the differences of."""
+    """`softmax_xent`, and the largest of the terms whose differences loss and gradient are."""
     x = np.asarray(predictions).astype(np.longdouble)
     classes = x.shape[-1]
     everything = np.arange(classes)

@@ -326,13 +326,14 @@ FUSEDLOSS_INLINE Vec<A> Polynomial(const A (&coefficients)[kTerms], Vec<A> x) {
 }
 
 // e^x for x <= 0, to within 1.5 ulp near 0 and |x|/8 ulp more away from it: the error of a softmax
-// is relative to its largest term. Zero below the smallest normal number. NaN stays NaN.
+// is relative to its largest term. Below the smallest normal number it is subnormal or 0, as the
+// thread's mode has it, and for −Inf it is 0. NaN stays NaN.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
   using F = Float<A>;
   constexpr A kLog2E = A(1.44269504088896340736);
-  x = Max<A>(Set(A(F::kMostNegative / kLog2E)), x);
 #if defined(__AVX512F__)
+  x = Max<A>(Set(A(1.25 * F::kMostNegative / kLog2E)), x);  // where scalef has long reached 0
   Vec<A> whole, fraction;  // of x · log2(e), the fraction from the product before it is rounded
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   if constexpr (std::is_same_v<A, float>) {
@@ -343,6 +344,7 @@ FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
     fraction = _mm512_fmsub_pd(x, Set(kLog2E), whole);
   }
 #else
+  x = Max<A>(Set(A(F::kMostNegative / kLog2E)), x);  // where the exponent's bits are those of 0
   Vec<A> shifted = x * kLog2E + F::kRound;
   Vec<A> whole = shifted - F::kRound;
   Vec<A> fraction = x * kLog2E - whole;

@@ -44,11 +44,11 @@ class Call {
     plan_.classes = args.classes;
     plan_.from_logits = options.from_logits;
     plan_.rich = SoftmaxXentStats(args) > 2;
-    plan_.has_subset = args.subset != nullptr;
+    plan_.has_subset = args.subset != nullptr && options.subset_weight != 0;
     plan_.normalize_full = plan_.has_subset && options.normalize_full;
     plan_.class_weight = args.class_weight;
     plan_.subset_weight = plan_.has_subset ? static_cast<A>(options.subset_weight) : A(0);
-    plan_.full_weight = plan_.has_subset ? static_cast<A>(options.full_weight) : A(1);
+    plan_.full_weight = args.subset ? static_cast<A>(options.full_weight) : A(1);
     plan_.label_smoothing = static_cast<A>(options.label_smoothing);
     plan_.one_minus_smoothing = static_cast<A>(1 - options.label_smoothing);
     plan_.lowest = static_cast<A>(options.epsilon);

@@ -10,7 +10,7 @@
 namespace fusedloss {
 
 // Rows of plain cross-entropy from logits and labels are pipelined if they are this long, and short
-// enough for their powers to stay in the second-level cache; see softmax_xent_simd.cc.
+// enough for their powers to stay in a second-level cache of 1 MiB; see softmax_xent_simd.cc.
 constexpr int64_t kPipelineChunk = 512;  // classes
 constexpr int64_t kMinPipelineClasses = 4 * kPipelineChunk;
 constexpr int64_t kPipelineBytes = 512 << 10;

@@ -498,7 +498,7 @@ struct Softmax {
       return all_nats;
     }
     V loss{};
-    if (!plan.has_subset || plan.full_weight != 0) {
+    if (plan.full_weight != 0) {
       const A size = A(plan.classes), weights = plan.full_class_weight;
       V of_classes = weights * log_sum - tile.SumOfRow(all_logits.total);
       loss = plan.full_weight * Smoothed(all_nats, of_classes, size);
@@ -561,7 +561,7 @@ struct Softmax {
       if constexpr (!kLogits) {
         // d log(clip(p)) / dp is 1/p between the bounds, else 0.
         Mask<A> clipped = (x < plan.lowest) | (x > plan.highest);
-        pull = Keep<A>(~clipped, pull / x);
+        pull = Keep<A>(~clipped & (pull != A(0)), pull / x);
       }
       tile.Emit(c, lanes, pull);
     });
@@ -576,22 +576,19 @@ struct Divided {
   const Tile tile;
   const SoftmaxXentPlan<A>& plan = tile.plan;
 
-  // p / sum between the bounds, as the bounds of p.
-  struct Bounds {
-    V lowest, highest;
-    FUSEDLOSS_INLINE Bounds(const SoftmaxXentPlan<A>& plan, V sum)
-        : lowest(plan.lowest * sum), highest(plan.highest * sum) {}
-    FUSEDLOSS_INLINE Mask<A> Below(V p) const { return p < lowest; }
-    FUSEDLOSS_INLINE Mask<A> Above(V p) const { return p > highest; }
-    FUSEDLOSS_INLINE Mask<A> Between(V p) const { return ~(Below(p) | Above(p)); }
-  };
+  // Of shares p / sum: those that clipping leaves alone, and log(clip(share)).
+  FUSEDLOSS_INLINE Mask<A> Between(V share) const {
+    return ~((share < plan.lowest) | (share > plan.highest));
+  }
+  FUSEDLOSS_INLINE V LogOfClipped(V share) const {
+    share = share < plan.lowest ? Set(plan.lowest) : share;
+    return Log<A>(share > plan.highest ? Set(plan.highest) : share);
+  }
 
   // With shares that are clipped or all in use: per family Σ y^F·log(share), and Σ y^F of the
   // shares that are between the bounds.
-  __attribute__((noinline)) void Clipped(const Bounds& full_bounds, const Bounds& subset_bounds,
-                                         V full_log, V subset_log, V& all_dot, V& all_between,
+  __attribute__((noinline)) void Clipped(V full_sum, V subset_sum, V& all_dot, V& all_between,
                                          V& in_dot, V& in_between) const {
-    const V log_lowest = Log<A>(Set(plan.lowest)), log_highest = Log<A>(Set(plan.highest));
     const bool smoothing = kRich && plan.label_smoothing != 0;
     const A smooth_all = plan.label_smoothing / A(plan.classes);
     const A smooth_in = plan.label_smoothing / plan.subset_size;
@@ -601,22 +598,21 @@ struct Divided {
           V target = tile.Target(c, lanes);
           if (!smoothing && !Any<A>(target != A(0))) return;
           V p = tile.Prediction(c, lanes);
-          V log_p = Log<A>(p);
           V weight = Set(A(1));
           if constexpr (kRich) {
             weight = tile.ClassWeight(c, lanes);
             target *= plan.one_minus_smoothing;
           }
           V all_target = weight * (target + (smoothing ? smooth_all : A(0)));
-          V all_share = LogShare(full_bounds, p, log_p, full_log, log_lowest, log_highest);
-          all_dots += Keep<A>(all_target != A(0), all_target * all_share);
-          all_betweens += Keep<A>(full_bounds.Between(p), all_target);
+          V share = p / full_sum;
+          all_dots += Keep<A>(all_target != A(0), all_target * LogOfClipped(share));
+          all_betweens += Keep<A>(Between(share), all_target);
           if constexpr (kRich) {
             Mask<A> in = tile.InSubset(c, lanes);
             V in_target = Keep<A>(in, weight * (target + (smoothing ? smooth_in : A(0))));
-            V in_share = LogShare(subset_bounds, p, log_p, subset_log, log_lowest, log_highest);
-            in_dots += Keep<A>(in_target != A(0), in_target * in_share);
-            in_betweens += Keep<A>(subset_bounds.Between(p), in_target);
+            share = p / subset_sum;
+            in_dots += Keep<A>(in_target != A(0), in_target * LogOfClipped(share));
+            in_betweens += Keep<A>(Between(share), in_target);
           }
         },
         [&] { EndRuns(all_dots, all_betweens, in_dots, in_betweens); });
@@ -624,14 +620,6 @@ struct Divided {
     all_between = tile.SumOfRow(all_betweens.total);
     in_dot = tile.SumOfRow(in_dots.total);
     in_between = tile.SumOfRow(in_betweens.total);
-  }
-
-  // log(clip(p / sum))
-  FUSEDLOSS_INLINE V LogShare(const Bounds& bounds, V p, V log_p, V log_sum, V log_lowest,
-                              V log_highest) const {
-    V share = log_p - log_sum;
-    share = Select<A>(bounds.Below(p), log_lowest, share);
-    return Select<A>(bounds.Above(p), log_highest, share);
   }
 
   FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
@@ -652,20 +640,24 @@ struct Divided {
           if constexpr (kRich) {
             in = tile.InSubset(c, lanes);
             in_sum += Keep<A>(in, p);
-            in_targets += Keep<A>(in, target);
           }
           Mask<A> counts = target != A(0);
           if (!Any<A>(counts)) return;  // one-hot rows are nearly all zeros
-          if constexpr (kRich) target *= tile.ClassWeight(c, lanes);
+          if constexpr (kRich) {
+            V in_target = Keep<A>(in, target);
+            in_targets += in_target;
+            if (plan.class_weight) {
+              target *= tile.ClassWeight(c, lanes);
+              in_target = Keep<A>(in, target);
+            }
+            in_weighted += in_target;
+          }
           V product = Keep<A>(counts, target * LogOfNormal<A>(p));
           all_weighted += target;
           all_logs += product;
+          if constexpr (kRich) in_logs += Keep<A>(in, product);
           lowest = Min<A>(Select<A>(counts, p, infinity), lowest);
           highest = Max<A>(Keep<A>(counts, p), highest);
-          if constexpr (kRich) {
-            in_weighted += Keep<A>(in, target);
-            in_logs += Keep<A>(in, product);
-          }
         },
         [&] {
           EndRuns(all[0], all[1], all[2], all[3], all_weighted, all_logs);
@@ -678,14 +670,13 @@ struct Divided {
     if (kRich && plan.has_subset) inside = tile.SumOfRow(in_targets.total) != A(0);
 
     const V full_log = Log<A>(full_sum), subset_log = Log<A>(subset_sum);
-    const Bounds full_bounds(plan, full_sum), subset_bounds(plan, subset_sum);
-    Mask<A> holds = (lowest >= full_bounds.lowest) & (highest <= full_bounds.highest) &
-                    (lowest >= subset_bounds.lowest) & (highest <= subset_bounds.highest);
+    const V least = Max<A>(full_sum, subset_sum), most = Min<A>(full_sum, subset_sum);
+    const Mask<A> holds = (lowest >= plan.lowest * least) & (highest <= plan.highest * most) &
+                          (most > A(0)) & (least < infinity);
     stats.clips = smoothing || Any<A>(~holds);
     V all_dot, all_between, in_dot{}, in_between{};
     if (stats.clips) {
-      Clipped(full_bounds, subset_bounds, full_log, subset_log, all_dot, all_between, in_dot,
-              in_between);
+      Clipped(full_sum, subset_sum, all_dot, all_between, in_dot, in_between);
     } else {
       const A unsmoothed = kRich ? plan.one_minus_smoothing : A(1);
       all_between = unsmoothed * tile.SumOfRow(all_weighted.total);
@@ -695,26 +686,29 @@ struct Divided {
         in_dot = unsmoothed * tile.SumOfRow(in_logs.total) - in_between * subset_log;
       }
     }
-    // NaN and Inf among the predictions reach the loss through their sum.
-    V loss = full_sum * A(0) - all_dot;
+    // NaN and Inf among the predictions reach loss and gradient through their sum, 0 through 0/0.
+    const V full_poison = (full_sum + A(1) / full_sum) * A(0);
+    V loss{};
     stats.full_peak = full_sum;
-    stats.full_scale = all_between / full_sum;
+    stats.full_scale = stats.subset_scale = V{};
+    if (!kRich || plan.full_weight != 0) {
+      const A weight = kRich ? plan.full_weight : A(1);
+      loss = weight * (full_poison - all_dot);
+      stats.full_scale = weight * (all_between / full_sum + full_poison);
+    }
     if constexpr (kRich) {
-      loss *= plan.full_weight;
-      stats.full_scale *= plan.full_weight;
+      V poison = in_dot * A(0);
+      if (!plan.normalize_full) poison += (subset_sum + A(1) / subset_sum) * A(0);
       stats.subset_peak = subset_sum;
       stats.subset_weight = Keep<A>(inside, Set(plan.subset_weight));
-      V subset_loss = subset_sum * A(0) - in_dot;
-      loss += Keep<A>(inside, plan.subset_weight * subset_loss);
-      V scale = Keep<A>(inside, plan.subset_weight * in_between / subset_sum);
-      stats.subset_scale = plan.normalize_full ? V{} : scale;
-      if (plan.normalize_full) stats.full_scale += scale;
+      loss += Keep<A>(inside, plan.subset_weight * (poison - in_dot));
+      V scale = Keep<A>(inside, plan.subset_weight * (in_between / subset_sum + poison));
+      (plan.normalize_full ? stats.full_scale : stats.subset_scale) += scale;
     }
     return loss;
   }
 
   FUSEDLOSS_INLINE void Backward(const RowStats<A>& stats, V cotangent) const {
-    const Bounds full_bounds(plan, stats.full_peak), subset_bounds(plan, stats.subset_peak);
     const V full_scale = stats.full_scale * cotangent;
     const V subset_scale = stats.subset_scale * cotangent;
     const bool smoothing = kRich && plan.label_smoothing != 0;
@@ -738,8 +732,8 @@ struct Divided {
           in_target = Keep<A>(in, in_target);
         }
         if (stats.clips) {
-          all_target = Keep<A>(full_bounds.Between(p), all_target);
-          if constexpr (kRich) in_target = Keep<A>(subset_bounds.Between(p), in_target);
+          all_target = Keep<A>(Between(p / stats.full_peak), all_target);
+          if constexpr (kRich) in_target = Keep<A>(Between(p / stats.subset_peak), in_target);
         }
         if constexpr (kRich) all_target = tile.ClassWeight(c, lanes) * (all_target + in_target);
         pull -= Keep<A>(all_target != A(0), cotangent * all_target / p);
@@ -934,7 +928,8 @@ class Pipeline {
 
   // A chunk without a finite logit must not make exp(−Inf + Inf).
   static FUSEDLOSS_INLINE V Finite(V peak) {
-    return Max<A>(peak, Set(std::is_same_v<A, float> ? A(-0x1.fffffep127) : A(-0x1p1023)));
+    return Max<A>(peak,
+                  Set(std::is_same_v<A, float> ? A(-0x1.fffffep127) : A(-0x1.fffffffffffffp1023)));
   }
 
   // Powers of the row that is read replace those of the row that is written.
@@ -946,7 +941,7 @@ class Pipeline {
       writer_.EmitFirst(0, Load(powers_), Set(factors_[0]), writer_.head);
     }
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) Chunk<kReads, kWrites>(chunk, reference);
-    Rest<kReads, kWrites>();
+    Rest<kReads, kWrites>(reference);
   }
 
   // The peak of whole vectors, in all lanes.
@@ -1011,7 +1006,7 @@ class Pipeline {
 
   // What the chunks leave over: more than a vector, so that none reaches past the end.
   template <bool kReads, bool kWrites>
-  FUSEDLOSS_INLINE void Rest() {
+  FUSEDLOSS_INLINE void Rest(V reference) {
     const int64_t begin = chunks_ * kChunk;
     if constexpr (kWrites) {
       const V factor = Set(factors_[chunks_]);
@@ -1025,6 +1020,7 @@ class Pipeline {
     if constexpr (kReads) {
       // The vector at the end may overlap the one before it: harmless for a peak.
       V peak = Max<A>(Peak(begin, classes_), Peak(classes_ - kVector, classes_));
+      peak = Max<A>(peak, reference);  // of the whole row: the loss is exact relative to it
       V sum{};
       int64_t c = begin;
       for (; c + kVector <= classes_; c += kVector) {

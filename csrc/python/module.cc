@@ -64,7 +64,7 @@ class Threads {
       for (int64_t block; (block = next.fetch_add(1)) < blocks;) fn(context, block);
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < count_; ++i) others.emplace_back(work);
+    for (int64_t i = 1; i < std::min<int64_t>(count_, blocks); ++i) others.emplace_back(work);
     work();
     for (std::thread& other : others) other.join();
   }

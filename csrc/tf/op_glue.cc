@@ -1,11 +1,10 @@
 #include "tf/op_glue.h"
 
+#include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <map>
 #include <memory>
 
-#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -47,15 +46,24 @@ std::string Describe(const PartialDims& shape) {
                       "]");
 }
 
+bool IsKnown(const PartialDims& shape) {
+  return shape.known_rank &&
+         std::find(shape.dims.begin(), shape.dims.end(), kUnknown) == shape.dims.end();
+}
+
 // What the words of a Shapes stand for so far.
 class Bindings {
  public:
-  // Matches one input.
+  // Matches one input. Where there are alternatives, a size that is left out, such as 0, says
+  // nothing of the words, and neither does a shape that could yet turn out to be either.
   bool Match(absl::string_view words, const PartialDims& shape) {
-    if (!absl::StrContains(words, " | ")) return MatchForm(words, shape);
+    const std::vector<absl::string_view> forms = absl::StrSplit(words, " | ");
+    if (forms.size() == 1) return MatchForm(words, shape);
+    if (!IsKnown(shape)) return true;
     const Bindings before = *this;
-    for (absl::string_view form : absl::StrSplit(words, " | ")) {
-      if (MatchForm(form, shape)) return true;
+    // The last form is the literal one.
+    for (auto form = forms.rbegin(); form != forms.rend(); ++form) {
+      if (MatchForm(*form, shape)) return true;
       *this = before;
     }
     return false;
@@ -191,7 +199,10 @@ class ContextAttributes : public Attributes {
 }  // namespace
 
 double Attributes::Number(const char* name) const {
-  return std::strtod(String(name).c_str(), nullptr);
+  double number;
+  const std::string text = String(name);
+  CHECK(absl::SimpleAtod(text, &number)) << name << " is not a number: " << text;
+  return number;
 }
 
 bool NodeAttributes::Bool(const char* name) const { return AttrOrDie<bool>(attrs_, name); }

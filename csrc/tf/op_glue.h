@@ -73,7 +73,7 @@ class OpCall {
 //   ...       any number of leading dimensions, the same wherever it stands
 //   word      one dimension, the same wherever the word stands
 //   7         one dimension of that size
-// `a | b` allows either, and an optional input is written "... | 0". Errors quote name and words.
+// `a | 0` allows either: how an optional input is written. Errors quote name and words.
 struct Shapes {
   std::vector<std::string> inputs, outputs;
 };

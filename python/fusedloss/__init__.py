@@ -9,6 +9,13 @@ if importlib.util.find_spec("tensorflow") is None:
         "'fusedloss[cpu]', or 'fusedloss[gpu]', or any TensorFlow 2.21."
     )
 
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    # Before Keras itself fails to import a framework that is not installed.
+    raise ImportError(
+        "fusedloss runs on Keras's TensorFlow backend, but the environment has KERAS_BACKEND="
+        f"{os.environ['KERAS_BACKEND']}: set KERAS_BACKEND=tensorflow."
+    )
+
 import keras
 
 if keras.config.backend() != "tensorflow":

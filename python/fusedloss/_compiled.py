@@ -67,6 +67,10 @@ def _derivatives(reference, attributes, reduction=None):
     return gradients, second
 
 
+def _is_constant(x):
+    return not isinstance(x, tf.__internal__.EagerTensor) and x.op.type == "Const"
+
+
 def _with_nones(gradients, inputs):
     """Puts None in the place of integer inputs."""
     gradients = iter(gradients)
@@ -114,7 +118,10 @@ class CompiledLoss:
 
     def _needed_gradients(self, op, dpredictions, others):
         """`dpredictions()` for the predictions and `others()` for the rest, if asked for."""
-        skipped = getattr(op, "skip_input_indices", None) or ()
+        # Eager code says what it does not need; in a graph, constants are known to need none.
+        skipped = getattr(op, "skip_input_indices", None)
+        if skipped is None:
+            skipped = [i for i, x in enumerate(op.inputs) if _is_constant(x)]
         gradients = [None] * len(op.inputs)
         if 0 not in skipped:
             gradients[0] = dpredictions()

@@ -59,8 +59,18 @@ def _load():
             f"fusedloss uses its reference implementation, which is slow: {reason}. "
             "`fusedloss doctor` tells more.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=1,
         )
+    if module:
+        from fusedloss import _core
+
+        if error := _core.cpu_level_error():
+            warnings.warn(
+                f"{error}. Got {os.environ['FUSEDLOSS_CPU']!r}; the {_core.cpu_level()} kernels "
+                "run.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
     return module, reason
 
 

@@ -29,7 +29,7 @@ ROUNDS, QUICK_ROUNDS = 20, 5
 SAMPLE_S = 0.02
 # Bytes of the truth's gradient that are computed at a time.
 TRUTH_BYTES = 32 << 20
-# Fits the L2 cache of a server core of the last ten years twice.
+# Half of the 1 MiB of L2 cache that a server core has today.
 IN_CACHE_BYTES = 512 << 10
 
 try:

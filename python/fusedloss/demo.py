@@ -187,7 +187,7 @@ def run(epochs: int, path: str, console) -> int:
     for comparison in compared:
         console.print(f"\n{comparison.title}")
         table = Table()
-        for heading in ("epoch", "Keras", "fusedloss", "difference"):
+        for heading in ("epoch", "Keras", "fusedloss", "absolute difference"):
             table.add_column(heading, justify="right")
         curves = zip(comparison.stock, comparison.fused, strict=True)
         for epoch, (stock, fused) in enumerate(curves, 1):

@@ -22,6 +22,23 @@ from keras.src import backend
 FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
+def _number(name, given):
+    """`given` as a float; ValueError names the argument."""
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number. Got {given!r}.") from None
+
+
+def _integer(given):
+    """`given` as an int if it is a whole number, 2.0 included; else None."""
+    try:
+        whole = int(given)
+        return whole if whole == given and not isinstance(given, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subset:
     """Some of the classes."""
@@ -122,7 +139,8 @@ class Formula:
         """
         if normalize not in ("subset", "full"):
             raise ValueError(f"`normalize` must be 'subset' or 'full'. Got {normalize!r}.")
-        subset_weight, full_weight = float(subset_weight), float(full_weight)
+        subset_weight = _number("subset_weight", subset_weight)
+        full_weight = _number("full_weight", full_weight)
         for name, weight in (("subset_weight", subset_weight), ("full_weight", full_weight)):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"`{name}` must be finite and at least 0. Got {weight}.")
@@ -132,15 +150,13 @@ class Formula:
                 f"`subset`. Got {subset_weight} and {full_weight} without one: give a `subset`, or "
                 "leave both out and scale the loss."
             )
-        label_smoothing = float(label_smoothing)
+        label_smoothing = _number("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"`label_smoothing` must lie in [0, 1]. Got {label_smoothing}.")
         if ignore_class is not None:
-            if int(ignore_class) != ignore_class:
-                raise ValueError(
-                    f"`ignore_class` must be an integer or None. Got {ignore_class!r}."
-                )
-            ignore_class = int(ignore_class)
+            given, ignore_class = ignore_class, _integer(ignore_class)
+            if ignore_class is None:
+                raise ValueError(f"`ignore_class` must be an integer or None. Got {given!r}.")
         if class_weight is not None:
             given = np.asarray(class_weight)
             if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "biuf":
