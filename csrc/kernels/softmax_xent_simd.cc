@@ -640,24 +640,20 @@ struct Divided {
           if constexpr (kRich) {
             in = tile.InSubset(c, lanes);
             in_sum += Keep<A>(in, p);
+            in_targets += Keep<A>(in, target);
           }
           Mask<A> counts = target != A(0);
           if (!Any<A>(counts)) return;  // one-hot rows are nearly all zeros
-          if constexpr (kRich) {
-            V in_target = Keep<A>(in, target);
-            in_targets += in_target;
-            if (plan.class_weight) {
-              target *= tile.ClassWeight(c, lanes);
-              in_target = Keep<A>(in, target);
-            }
-            in_weighted += in_target;
-          }
+          if constexpr (kRich) target *= tile.ClassWeight(c, lanes);
           V product = Keep<A>(counts, target * LogOfNormal<A>(p));
           all_weighted += target;
           all_logs += product;
-          if constexpr (kRich) in_logs += Keep<A>(in, product);
           lowest = Min<A>(Select<A>(counts, p, infinity), lowest);
           highest = Max<A>(Keep<A>(counts, p), highest);
+          if constexpr (kRich) {
+            in_weighted += Keep<A>(in, target);
+            in_logs += Keep<A>(in, product);
+          }
         },
         [&] {
           EndRuns(all[0], all[1], all[2], all[3], all_weighted, all_logs);
