@@ -119,7 +119,7 @@ def check_error(ours, tensorflow, exact, terms, epsilon, what):
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def _check(values):
+def check_case(values):
     case = dict(zip(FACTORS, values, strict=True))
     rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
     predictions, targets, arguments, cotangents = sample(case, rng)
@@ -177,13 +177,13 @@ def _name(values):
 
 @pytest.mark.parametrize("values", DRAWN, ids=_name)
 def test_error_is_within_twice_tensorflows(values):
-    _check(values)
+    check_case(values)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("values", PRODUCT, ids=_name)
 def test_error_is_within_twice_tensorflows_in_the_product(values):
-    _check(values)
+    check_case(values)
 
 
 def test_the_kernels_are_those_that_were_asked_for():
