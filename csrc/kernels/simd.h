@@ -110,6 +110,26 @@ FUSEDLOSS_INLINE Vec<A> Min(Vec<A> a, Vec<A> b) {
 }
 #undef FUSEDLOSS_OF_WIDTH
 
+// least and greatest with the lanes of v taken in where `where` is not 0.
+FUSEDLOSS_INLINE void WidenRange(Vec<float> where, Vec<float> v, Vec<float>& least,
+                                 Vec<float>& greatest) {
+#if defined(__AVX512F__)
+  __mmask16 taken = _mm512_cmp_ps_mask(where, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  least = _mm512_mask_min_ps(least, taken, v, least);
+  greatest = _mm512_mask_max_ps(greatest, taken, v, greatest);
+#else
+  Mask<float> taken = where != 0.0f;
+  least = Min<float>(Select<float>(taken, v, least), least);
+  greatest = Max<float>(Select<float>(taken, v, greatest), greatest);
+#endif
+}
+FUSEDLOSS_INLINE void WidenRange(Vec<double> where, Vec<double> v, Vec<double>& least,
+                                 Vec<double>& greatest) {
+  Mask<double> taken = where != 0.0;
+  least = Min<double>(Select<double>(taken, v, least), least);
+  greatest = Max<double>(Select<double>(taken, v, greatest), greatest);
+}
+
 // Butterflies: every lane ends up with the same sum (or greatest) of all lanes.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> SumOfLanes(Vec<A> v) {
@@ -170,7 +190,19 @@ FUSEDLOSS_INLINE Vec<float> Load(const BFloat16* from) {
   return BitCast<Vec<float>>(Widen(LoadBits(from)) << 16);
 }
 
+#if defined(__AVX512F__)
+// One instruction of some of the CPUs that have the others: worth a branch, not a level of its own.
+inline const bool kHasBFloat16 = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
+#endif
+
 FUSEDLOSS_INLINE HalfBits Round(Vec<float> v, BFloat16) {
+#if defined(__AVX512F__)
+  if (kHasBFloat16) {
+    HalfBits rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+    return rounded;
+  }
+#endif
   FloatBits bits = BitCast<FloatBits>(v);
   FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   FloatBits quiet_nan = FloatBits{} + 0x7fc0;
@@ -362,6 +394,19 @@ FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
 #endif
 }
 
+// a / b within an ulp, for b and 1 / b normal: a vector division takes as long as ten products.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Divide(Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    Vec<A> reciprocal = _mm512_rcp14_ps(b);
+    Vec<A> quotient = a * reciprocal;
+    return quotient + (a - b * quotient) * reciprocal;
+  }
+#endif
+  return a / b;
+}
+
 // The natural logarithm of a positive normal number, within 2 ulp.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> LogOfNormal(Vec<A> x) {
@@ -372,7 +417,7 @@ FUSEDLOSS_INLINE Vec<A> LogOfNormal(Vec<A> x) {
   Mask<A> exponent = (bits - sqrt_half) >> F::kMantissaBits;
   Vec<A> mantissa = BitCast<Vec<A>>(bits - (exponent << F::kMantissaBits));
   Vec<A> scale = __builtin_convertvector(exponent, Vec<A>);
-  Vec<A> s = (mantissa - A(1)) / (mantissa + A(1));
+  Vec<A> s = Divide<A>(mantissa - A(1), mantissa + A(1));
   Vec<A> s2 = s * s;
   Vec<A> low = Polynomial<A>(F::kLog, s2) * s2 * s + scale * F::kLn2Low;
   return scale * F::kLn2High + (s + s + low);

@@ -585,13 +585,34 @@ struct Divided {
     return Log<A>(share > plan.highest ? Set(plan.highest) : share);
   }
 
-  // With shares that are clipped or all in use: per family Σ y^F·log(share), and Σ y^F of the
-  // shares that are between the bounds.
-  __attribute__((noinline)) void Clipped(V full_sum, V subset_sum, V& all_dot, V& all_between,
-                                         V& in_dot, V& in_between) const {
+  // What a row is reduced to. Per family: the sum that p is divided by, Σ y^F·log(share), and Σ y^F
+  // of the shares between the bounds; and Σ y over S.
+  struct Totals {
+    V full_sum, subset_sum, all_dot, all_between, in_dot, in_between, in_targets;
+  };
+
+  // In general: shares may be clipped, and NaN and Inf must stay in their family.
+  __attribute__((noinline)) Totals TakeCare() const {
     const bool smoothing = kRich && plan.label_smoothing != 0;
     const A smooth_all = plan.label_smoothing / A(plan.classes);
     const A smooth_in = plan.label_smoothing / plan.subset_size;
+    RunningSum<A> full_sum, subset_sum, in_targets;
+    tile.Each(
+        [&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
+          V p = tile.Prediction(c, lanes);
+          full_sum += p;
+          if constexpr (kRich) {
+            Mask<A> in = tile.InSubset(c, lanes);
+            subset_sum += Keep<A>(in, p);
+            in_targets += Keep<A>(in, tile.Target(c, lanes));
+          }
+        },
+        [&] { EndRuns(full_sum, subset_sum, in_targets); });
+    Totals totals{};
+    totals.full_sum = totals.subset_sum = tile.SumOfRow(full_sum.total);
+    if (NormalizesSubset()) totals.subset_sum = tile.SumOfRow(subset_sum.total);
+    totals.in_targets = tile.SumOfRow(in_targets.total);
+
     RunningSum<A> all_dots, all_betweens, in_dots, in_betweens;
     tile.Each(
         [&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
@@ -604,84 +625,92 @@ struct Divided {
             target *= plan.one_minus_smoothing;
           }
           V all_target = weight * (target + (smoothing ? smooth_all : A(0)));
-          V share = p / full_sum;
+          V share = p / totals.full_sum;
           all_dots += Keep<A>(all_target != A(0), all_target * LogOfClipped(share));
           all_betweens += Keep<A>(Between(share), all_target);
           if constexpr (kRich) {
             Mask<A> in = tile.InSubset(c, lanes);
             V in_target = Keep<A>(in, weight * (target + (smoothing ? smooth_in : A(0))));
-            share = p / subset_sum;
+            share = p / totals.subset_sum;
             in_dots += Keep<A>(in_target != A(0), in_target * LogOfClipped(share));
             in_betweens += Keep<A>(Between(share), in_target);
           }
         },
         [&] { EndRuns(all_dots, all_betweens, in_dots, in_betweens); });
-    all_dot = tile.SumOfRow(all_dots.total);
-    all_between = tile.SumOfRow(all_betweens.total);
-    in_dot = tile.SumOfRow(in_dots.total);
-    in_between = tile.SumOfRow(in_betweens.total);
+    totals.all_dot = tile.SumOfRow(all_dots.total);
+    totals.all_between = tile.SumOfRow(all_betweens.total);
+    totals.in_dot = tile.SumOfRow(in_dots.total);
+    totals.in_between = tile.SumOfRow(in_betweens.total);
+    return totals;
   }
 
-  FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
-    const bool smoothing = kRich && plan.label_smoothing != 0;
+  FUSEDLOSS_INLINE bool NormalizesSubset() const {
+    return kRich && plan.has_subset && !plan.normalize_full;
+  }
+
+  // The same in one sweep without smoothing, supposing that all is finite and that no share with a
+  // target is clipped: then log(share) = log(p) − log(sum), and a mask may be a factor of 0 or 1.
+  // Whether that held is seen from the sums, and from the range of the p that have a target.
+  FUSEDLOSS_INLINE bool Suppose(Totals& totals) const {
     const V infinity = Set(A(__builtin_inf()));
-    // Σ p over each family, Σ y over S; then, supposing that no share is clipped, per family
-    // Σ w·y and Σ w·y·log(p), and the range of the p that have a target, to see whether that held.
     RunningSum<A> all[kSlots], in_sum, in_targets;
     RunningSum<A> all_weighted, all_logs, in_weighted, in_logs;
-    V lowest = infinity, highest = -infinity;
+    V lowest = infinity, highest{};
     tile.Each(
         [&](int64_t c, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
           if constexpr (!Tile::kManyRows) tile.Prefetch(c);
           V p = tile.Prediction(c, lanes);
           V target = tile.Target(c, lanes);
-          Mask<A> in{};
+          V in{};
           all[slot.value] += p;
           if constexpr (kRich) {
-            in = tile.InSubset(c, lanes);
-            in_sum += Keep<A>(in, p);
-            in_targets += Keep<A>(in, target);
+            in = Keep<A>(tile.InSubset(c, lanes), Set(A(1)));
+            in_sum += in * p;
           }
-          Mask<A> counts = target != A(0);
-          if (!Any<A>(counts)) return;  // one-hot rows are nearly all zeros
-          if constexpr (kRich) target *= tile.ClassWeight(c, lanes);
-          V product = Keep<A>(counts, target * LogOfNormal<A>(p));
-          all_weighted += target;
-          all_logs += product;
-          lowest = Min<A>(Select<A>(counts, p, infinity), lowest);
-          highest = Max<A>(Keep<A>(counts, p), highest);
+          if (!Any<A>(target != A(0))) return;  // one-hot rows are nearly all zeros
+          WidenRange(target, p, lowest, highest);
+          V log = LogOfNormal<A>(p);  // finite whatever p is
           if constexpr (kRich) {
-            in_weighted += Keep<A>(in, target);
-            in_logs += Keep<A>(in, product);
+            in_targets += in * target;
+            if (plan.class_weight) {
+              target *= tile.ClassWeight(c, lanes);
+              in_weighted += in * target;
+            }
+            in_logs += in * (target * log);
           }
+          all_weighted += target;
+          all_logs += target * log;
         },
         [&] {
           EndRuns(all[0], all[1], all[2], all[3], all_weighted, all_logs);
           if constexpr (kRich) EndRuns(in_sum, in_targets, in_weighted, in_logs);
         });
-    const V full_sum = tile.SumOfRow(Sum(all));
-    V subset_sum = full_sum;
-    if (kRich && plan.has_subset && !plan.normalize_full) subset_sum = tile.SumOfRow(in_sum.total);
-    Mask<A> inside{};
-    if (kRich && plan.has_subset) inside = tile.SumOfRow(in_targets.total) != A(0);
-
-    const V full_log = Log<A>(full_sum), subset_log = Log<A>(subset_sum);
-    const V least = Max<A>(full_sum, subset_sum), most = Min<A>(full_sum, subset_sum);
-    const Mask<A> holds = (lowest >= plan.lowest * least) & (highest <= plan.highest * most) &
-                          (most > A(0)) & (least < infinity);
-    stats.clips = smoothing || Any<A>(~holds);
-    V all_dot, all_between, in_dot{}, in_between{};
-    if (stats.clips) {
-      Clipped(full_sum, subset_sum, all_dot, all_between, in_dot, in_between);
-    } else {
-      const A unsmoothed = kRich ? plan.one_minus_smoothing : A(1);
-      all_between = unsmoothed * tile.SumOfRow(all_weighted.total);
-      all_dot = unsmoothed * tile.SumOfRow(all_logs.total) - all_between * full_log;
-      if constexpr (kRich) {
-        in_between = unsmoothed * tile.SumOfRow(in_weighted.total);
-        in_dot = unsmoothed * tile.SumOfRow(in_logs.total) - in_between * subset_log;
-      }
+    totals.full_sum = totals.subset_sum = tile.SumOfRow(Sum(all));
+    if (NormalizesSubset()) totals.subset_sum = tile.SumOfRow(in_sum.total);
+    const A unsmoothed = kRich ? plan.one_minus_smoothing : A(1);
+    totals.all_between = unsmoothed * tile.SumOfRow(all_weighted.total);
+    totals.all_dot = unsmoothed * tile.SumOfRow(all_logs.total);
+    totals.all_dot -= totals.all_between * Log<A>(totals.full_sum);
+    if constexpr (kRich) {
+      totals.in_targets = tile.SumOfRow(in_targets.total);
+      totals.in_between = totals.in_targets;
+      if (plan.class_weight) totals.in_between = tile.SumOfRow(in_weighted.total);
+      totals.in_between *= unsmoothed;
+      totals.in_dot = unsmoothed * tile.SumOfRow(in_logs.total);
+      totals.in_dot -= totals.in_between * Log<A>(totals.subset_sum);
     }
+    const V least = Max<A>(totals.full_sum, totals.subset_sum);
+    const V most = Min<A>(totals.full_sum, totals.subset_sum);
+    const V dots = (totals.all_dot + totals.in_dot) * A(0);
+    return !Any<A>(~((lowest >= plan.lowest * least) & (highest <= plan.highest * most) &
+                     (most >= A(0x1p-99)) & (least <= A(0x1p99)) & (dots == A(0))));
+  }
+
+  FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {
+    Totals totals{};
+    stats.clips = (kRich && plan.label_smoothing != 0) || !Suppose(totals);
+    if (stats.clips) totals = TakeCare();
+    const V full_sum = totals.full_sum, subset_sum = totals.subset_sum;
     // NaN and Inf among the predictions reach loss and gradient through their sum, 0 through 0/0.
     const V full_poison = (full_sum + A(1) / full_sum) * A(0);
     V loss{};
@@ -689,16 +718,18 @@ struct Divided {
     stats.full_scale = stats.subset_scale = V{};
     if (!kRich || plan.full_weight != 0) {
       const A weight = kRich ? plan.full_weight : A(1);
-      loss = weight * (full_poison - all_dot);
-      stats.full_scale = weight * (all_between / full_sum + full_poison);
+      loss = weight * (full_poison - totals.all_dot);
+      stats.full_scale = weight * (totals.all_between / full_sum + full_poison);
     }
     if constexpr (kRich) {
-      V poison = in_dot * A(0);
+      V poison = totals.in_dot * A(0);
+      Mask<A> inside{};
+      if (plan.has_subset) inside = totals.in_targets != A(0);
       if (!plan.normalize_full) poison += (subset_sum + A(1) / subset_sum) * A(0);
       stats.subset_peak = subset_sum;
       stats.subset_weight = Keep<A>(inside, Set(plan.subset_weight));
-      loss += Keep<A>(inside, plan.subset_weight * (poison - in_dot));
-      V scale = Keep<A>(inside, plan.subset_weight * (in_between / subset_sum + poison));
+      loss += Keep<A>(inside, plan.subset_weight * (poison - totals.in_dot));
+      V scale = Keep<A>(inside, plan.subset_weight * (totals.in_between / subset_sum + poison));
       (plan.normalize_full ? stats.full_scale : stats.subset_scale) += scale;
     }
     return loss;
@@ -710,6 +741,26 @@ struct Divided {
     const bool smoothing = kRich && plan.label_smoothing != 0;
     const A smooth_all = plan.label_smoothing / A(plan.classes);
     const A smooth_in = plan.label_smoothing / plan.subset_size;
+    const V subset_weight = stats.subset_weight * cotangent * plan.one_minus_smoothing;
+    const V full_weight = (kRich ? plan.full_weight * plan.one_minus_smoothing : A(1)) * cotangent;
+    if (!stats.clips) {
+      tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
+        V target = tile.Target(c, lanes);
+        V pull = full_scale, weight = full_weight;
+        if constexpr (kRich) {
+          Mask<A> in = tile.InSubset(c, lanes);
+          pull += Keep<A>(in, subset_scale);
+          weight += Keep<A>(in, subset_weight);
+          if (plan.class_weight) weight *= tile.ClassWeight(c, lanes);
+        }
+        Mask<A> counts = target != A(0);
+        if (Any<A>(counts)) {
+          pull -= Keep<A>(counts, Divide<A>(weight * target, tile.Prediction(c, lanes)));
+        }
+        tile.Emit(c, lanes, pull);
+      });
+      return;
+    }
     tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
       V target = tile.Target(c, lanes);
       V pull = full_scale;
@@ -727,10 +778,8 @@ struct Divided {
           in_target = stats.subset_weight * (target + (smoothing ? smooth_in : A(0)));
           in_target = Keep<A>(in, in_target);
         }
-        if (stats.clips) {
-          all_target = Keep<A>(Between(p / stats.full_peak), all_target);
-          if constexpr (kRich) in_target = Keep<A>(Between(p / stats.subset_peak), in_target);
-        }
+        all_target = Keep<A>(Between(p / stats.full_peak), all_target);
+        if constexpr (kRich) in_target = Keep<A>(Between(p / stats.subset_peak), in_target);
         if constexpr (kRich) all_target = tile.ClassWeight(c, lanes) * (all_target + in_target);
         pull -= Keep<A>(all_target != A(0), cotangent * all_target / p);
       }

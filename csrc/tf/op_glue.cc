@@ -170,47 +170,53 @@ int64_t Elements(const PartialDims& shape) {
   return known ? elements : kUnknown;
 }
 
-template <typename T>
-T AttrOrDie(tensorflow::AttrSlice attrs, const char* name) {
-  T value;
-  TF_CHECK_OK(tensorflow::GetNodeAttr(attrs, name, &value));  // the op's registration has it
-  return value;
-}
-
-class ContextAttributes : public Attributes {
- public:
-  explicit ContextAttributes(const InferenceContext* context) : context_(context) {}
-  bool Bool(const char* name) const override { return Get<bool>(name); }
-  int64_t Int(const char* name) const override { return Get<int64_t>(name); }
-  std::string String(const char* name) const override { return Get<std::string>(name); }
-  DataType Type(const char* name) const override { return Get<DataType>(name); }
-
- private:
-  template <typename T>
-  T Get(const char* name) const {
-    T value;
-    TF_CHECK_OK(context_->GetAttr(name, &value));
-    return value;
-  }
-
-  const InferenceContext* context_;
-};
-
 }  // namespace
 
-double Attributes::Number(const char* name) const {
-  double number;
-  const std::string text = String(name);
-  CHECK(absl::SimpleAtod(text, &number)) << name << " is not a number: " << text;
-  return number;
+void Attributes::Add(absl::string_view name, int64_t boolean_or_integer_or_type) {
+  values_.push_back({std::string(name), boolean_or_integer_or_type, "", 0});
 }
 
-bool NodeAttributes::Bool(const char* name) const { return AttrOrDie<bool>(attrs_, name); }
-int64_t NodeAttributes::Int(const char* name) const { return AttrOrDie<int64_t>(attrs_, name); }
-std::string NodeAttributes::String(const char* name) const {
-  return AttrOrDie<std::string>(attrs_, name);
+void Attributes::Add(absl::string_view name, absl::string_view text) {
+  double number = 0;
+  if (!absl::SimpleAtod(text, &number)) number = 0;  // a word, of which nobody asks the number
+  values_.push_back({std::string(name), 0, std::string(text), number});
 }
-DataType NodeAttributes::Type(const char* name) const { return AttrOrDie<DataType>(attrs_, name); }
+
+const Attributes::Value& Attributes::Find(absl::string_view name) const {
+  for (const Value& value : values_) {
+    if (value.name == name) return value;
+  }
+  LOG(FATAL) << "no attribute " << name;
+}
+
+Attributes DecodeAttributes(const std::string& op, const FindAttr& find) {
+  const tensorflow::OpDef* registered;
+  TF_CHECK_OK(tensorflow::OpRegistry::Global()->LookUpOpDef(op, &registered));
+  Attributes attributes;
+  for (const tensorflow::OpDef::AttrDef& attr : registered->attr()) {
+    const tensorflow::AttrValue* found = find(attr.name());
+    const tensorflow::AttrValue& value = found ? *found : attr.default_value();
+    switch (value.value_case()) {
+      case tensorflow::AttrValue::kS:
+        attributes.Add(attr.name(), value.s());
+        break;
+      case tensorflow::AttrValue::kB:
+        attributes.Add(attr.name(), int64_t{value.b()});
+        break;
+      case tensorflow::AttrValue::kType:
+        attributes.Add(attr.name(), int64_t{value.type()});
+        break;
+      default:
+        attributes.Add(attr.name(), value.i());
+    }
+  }
+  return attributes;
+}
+
+Attributes DecodeAttributes(const tensorflow::NodeDef& node) {
+  tensorflow::AttrSlice attrs(node);
+  return DecodeAttributes(node.op(), [&](absl::string_view name) { return attrs.Find(name); });
+}
 
 int64_t OpCall::Elements(const Dims& dims) {
   int64_t elements = 1;
@@ -233,7 +239,8 @@ absl::Status InferShapes(const char* name, InferenceContext* context) {
     }
     inputs.push_back(dims);
   }
-  ContextAttributes attributes(context);
+  const Attributes attributes =
+      DecodeAttributes(name, [&](absl::string_view attr) { return context->GetAttr(attr); });
   InputElements elements = [&](int i) { return Elements(inputs[i]); };
   std::vector<PartialDims> outputs;
   TF_RETURN_IF_ERROR(Resolve(op, op.shapes(attributes, elements), inputs, &outputs));
@@ -287,11 +294,13 @@ void RunBlocks(const std::function<void(std::function<void()>)>& schedule, int64
 }
 
 CpuOpKernel::CpuOpKernel(tensorflow::OpKernelConstruction* context)
-    : OpKernel(context), op_(FindOp(context->def().op())) {}
+    : OpKernel(context),
+      op_(FindOp(context->def().op())),
+      attributes_(DecodeAttributes(context->def())) {}
 
 void CpuOpKernel::Compute(tensorflow::OpKernelContext* context) {
   std::vector<Dims> shapes;
-  std::vector<OpCall::Buffer> inputs, outputs;
+  OpCall::Buffers inputs, outputs;
   for (int i = 0; i < context->num_inputs(); ++i) {
     const tensorflow::Tensor& tensor = context->input(i);
     Dims dims(tensor.dims());
@@ -299,9 +308,8 @@ void CpuOpKernel::Compute(tensorflow::OpKernelContext* context) {
     shapes.push_back(dims);
     inputs.push_back({tensor.data(), tensor.dtype(), dims});
   }
-  NodeAttributes attributes{tensorflow::AttrSlice(def())};
   std::vector<Dims> output_shapes;
-  OP_REQUIRES_OK(context, ResolveShapes(op_, attributes, shapes, &output_shapes));
+  OP_REQUIRES_OK(context, ResolveShapes(op_, attributes_, shapes, &output_shapes));
   for (size_t i = 0; i < output_shapes.size(); ++i) {
     tensorflow::Tensor* tensor;
     OP_REQUIRES_OK(context,
@@ -319,7 +327,7 @@ void CpuOpKernel::Compute(tensorflow::OpKernelContext* context) {
                       threads->helpers, blocks, fn, fn_context);
           },
           &threads};
-  OP_REQUIRES_OK(context, op_.run(OpCall(cpu, attributes, std::move(inputs), std::move(outputs))));
+  OP_REQUIRES_OK(context, op_.run(OpCall(cpu, attributes_, std::move(inputs), std::move(outputs))));
 }
 
 }  // namespace fusedloss

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
+#include "absl/strings/string_view.h"
 #include "kernels/device.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -15,20 +17,35 @@
 
 namespace fusedloss {
 
-// The attributes of an op, wherever it runs.
+// The attributes of one node, decoded once: when its kernel is made, not when it is called.
 class Attributes {
  public:
-  virtual ~Attributes() = default;
-  virtual bool Bool(const char* name) const = 0;
-  virtual int64_t Int(const char* name) const = 0;
-  virtual std::string String(const char* name) const = 0;
-  virtual tensorflow::DataType Type(const char* name) const = 0;
+  bool Bool(absl::string_view name) const { return Find(name).integer != 0; }
+  int64_t Int(absl::string_view name) const { return Find(name).integer; }
+  tensorflow::DataType Type(absl::string_view name) const {
+    return static_cast<tensorflow::DataType>(Find(name).integer);
+  }
+  const std::string& String(absl::string_view name) const { return Find(name).text; }
   // TensorFlow has no float64 attribute; a decimal string carries one exactly.
-  double Number(const char* name) const;
+  double Number(absl::string_view name) const { return Find(name).number; }
+
+  void Add(absl::string_view name, int64_t boolean_or_integer_or_type);
+  void Add(absl::string_view name, absl::string_view text);
+
+ private:
+  struct Value {
+    std::string name;
+    int64_t integer;
+    std::string text;
+    double number;
+  };
+  const Value& Find(absl::string_view name) const;
+
+  std::vector<Value> values_;
 };
 
 // The sizes of a tensor's dimensions.
-using Dims = std::vector<int64_t>;
+using Dims = absl::InlinedVector<int64_t, 6>;
 
 // One call of an op: its tensors in memory, its attributes, its threads.
 class OpCall {
@@ -38,9 +55,9 @@ class OpCall {
     tensorflow::DataType dtype;
     Dims dims;
   };
+  using Buffers = absl::InlinedVector<Buffer, 8>;
 
-  OpCall(const Cpu& cpu, const Attributes& attributes, std::vector<Buffer> inputs,
-         std::vector<Buffer> outputs)
+  OpCall(const Cpu& cpu, const Attributes& attributes, Buffers inputs, Buffers outputs)
       : cpu(cpu),
         attributes(attributes),
         inputs_(std::move(inputs)),
@@ -66,7 +83,7 @@ class OpCall {
   static int64_t Elements(const Dims& dims);
 
  private:
-  std::vector<Buffer> inputs_, outputs_;
+  Buffers inputs_, outputs_;
 };
 
 // The dimensions of each input ("name: dimensions") and output. Dimensions are separated by spaces:
@@ -106,18 +123,10 @@ absl::Status ResolveShapes(const Op& op, const Attributes& attributes,
 void RunBlocks(const std::function<void(std::function<void()>)>& schedule, int64_t helpers,
                int64_t blocks, void (*fn)(void* context, int64_t block), void* context);
 
-// The attributes of a node.
-class NodeAttributes : public Attributes {
- public:
-  explicit NodeAttributes(tensorflow::AttrSlice attrs) : attrs_(attrs) {}
-  bool Bool(const char* name) const override;
-  int64_t Int(const char* name) const override;
-  std::string String(const char* name) const override;
-  tensorflow::DataType Type(const char* name) const override;
-
- private:
-  tensorflow::AttrSlice attrs_;
-};
+// The attributes that the op's registration lists; find(name) has their values.
+using FindAttr = std::function<const tensorflow::AttrValue*(absl::string_view name)>;
+Attributes DecodeAttributes(const std::string& op, const FindAttr& find);
+Attributes DecodeAttributes(const tensorflow::NodeDef& node);
 
 class CpuOpKernel : public tensorflow::OpKernel {
  public:
@@ -126,6 +135,7 @@ class CpuOpKernel : public tensorflow::OpKernel {
 
  private:
   const Op& op_;
+  const Attributes attributes_;
 };
 
 }  // namespace fusedloss

@@ -25,20 +25,32 @@ using ::tensorflow::DataType;
 
 constexpr char kTarget[] = "fusedloss";
 
-// Attributes as they travel in a custom call.
-class CallAttributes : public Attributes {
- public:
-  explicit CallAttributes(const ffi::Dictionary& attrs) : attrs_(attrs) {}
-  bool Bool(const char* name) const override { return *attrs_.get<bool>(name); }
-  int64_t Int(const char* name) const override { return *attrs_.get<int64_t>(name); }
-  std::string String(const char* name) const override {
-    return std::string(*attrs_.get<std::string_view>(name));
-  }
-  DataType Type(const char* name) const override { return static_cast<DataType>(Int(name)); }
-
- private:
-  const ffi::Dictionary& attrs_;
+// What a custom call is, decoded once: when the program that holds it is made ready to run.
+struct CallState {
+  static ffi::TypeId id;
+  const Op& op;
+  Attributes attributes;
 };
+ffi::TypeId CallState::id = {};
+constexpr ffi::TypeInfo kCallStateInfo = ffi::MakeTypeInfo<CallState>();
+XLA_FFI_REGISTER_TYPE(ffi::GetXlaFfiApi(), "fusedloss_call", &CallState::id, &kCallStateInfo);
+
+ffi::ErrorOr<std::unique_ptr<CallState>> Instantiate(ffi::Dictionary attrs) {
+  Attributes attributes;
+  for (auto attr = attrs.begin(); attr != attrs.end(); ++attr) {
+    if (attrs.isa<std::string_view>(attr)) {
+      attributes.Add(*attr, *attrs.get<std::string_view>(*attr));
+    } else if (attrs.isa<bool>(attr)) {
+      attributes.Add(*attr, int64_t{*attrs.get<bool>(*attr)});
+    } else {
+      attributes.Add(*attr, *attrs.get<int64_t>(*attr));
+    }
+  }
+  const Op& op = FindOp(attributes.String("op"));
+  return std::unique_ptr<CallState>(new CallState{op, std::move(attributes)});
+}
+XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
+                       ffi::Ffi::BindInstantiate().Attrs<ffi::Dictionary>());
 
 DataType DataTypeOf(ffi::DataType dtype) {
   switch (dtype) {
@@ -64,9 +76,9 @@ OpCall::Buffer BufferOf(const ffi::AnyBuffer& buffer) {
           Dims(buffer.dimensions().begin(), buffer.dimensions().end())};
 }
 
-ffi::Error RunOnHost(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                     ffi::Dictionary attrs) {
-  std::vector<OpCall::Buffer> inputs, outputs;
+ffi::Error RunOnHost(ffi::ThreadPool threads, CallState* state, ffi::RemainingArgs args,
+                     ffi::RemainingRets rets) {
+  OpCall::Buffers inputs, outputs;
   for (size_t i = 0; i < args.size(); ++i) inputs.push_back(BufferOf(*args.get<ffi::AnyBuffer>(i)));
   for (size_t i = 0; i < rets.size(); ++i) {
     outputs.push_back(BufferOf(**rets.get<ffi::AnyBuffer>(i)));
@@ -77,21 +89,21 @@ ffi::Error RunOnHost(ffi::ThreadPool threads, ffi::RemainingArgs args, ffi::Rema
                       threads->num_threads() - 1, blocks, fn, fn_context);
           },
           &threads};
-  CallAttributes attributes(attrs);
-  const Op& op = FindOp(attributes.String("op"));
-  absl::Status status = op.run(OpCall(cpu, attributes, std::move(inputs), std::move(outputs)));
+  absl::Status status =
+      state->op.run(OpCall(cpu, state->attributes, std::move(inputs), std::move(outputs)));
   if (status.ok()) return ffi::Error::Success();
   return ffi::Error(static_cast<ffi::ErrorCode>(status.code()),
-                    absl::StrCat(op.name, ": ", status.message()));
+                    absl::StrCat(state->op.name, ": ", status.message()));
 }
 
 XLA_FFI_DEFINE_HANDLER(kRunOnHost, RunOnHost,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::ThreadPool>()
+                           .Ctx<ffi::State<CallState>>()
                            .RemainingArgs()
-                           .RemainingRets()
-                           .Attrs<ffi::Dictionary>());
-XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "Host", kRunOnHost);
+                           .RemainingRets());
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "Host",
+                         XLA_FFI_Handler_Bundle{kInstantiate, nullptr, nullptr, kRunOnHost});
 
 // The attributes of a node as an MLIR dictionary.
 std::string CallConfig(const tensorflow::NodeDef& node) {
@@ -134,8 +146,7 @@ class CallKernel : public tensorflow::XlaOpKernel {
       operands.push_back(context->Input(i));
       operand_shapes.push_back(RowMajor(context, context->input_type(i), inputs.back()));
     }
-    NodeAttributes attributes{tensorflow::AttrSlice(def())};
-    OP_REQUIRES_OK(context, ResolveShapes(op_, attributes, inputs, &outputs));
+    OP_REQUIRES_OK(context, ResolveShapes(op_, DecodeAttributes(def()), inputs, &outputs));
     for (size_t i = 0; i < outputs.size(); ++i) {
       result_shapes.push_back(RowMajor(context, context->expected_output_dtype(i), outputs[i]));
     }
