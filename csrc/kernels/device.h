@@ -22,6 +22,18 @@ struct Cpu {
   }
 };
 
+// A CUDA device, as the caller has made it current: the stream that kernels are enqueued on, and
+// memory of the device from whoever owns it. Kernels enqueue and return; they never wait.
+struct Gpu {
+  void* stream;  // cudaStream_t
+  // `bytes` of device memory, aligned to 256 bytes, that stay valid until the work enqueued on the
+  // stream so far and by this call is done; null if there are none left.
+  void* (*allocate)(void* owner, int64_t bytes);
+  void* owner;
+};
+// Why nothing or not everything was enqueued: a CUDA error in words, or null if all was.
+using GpuError = const char*;
+
 // The instruction sets a CPU kernel is compiled for, best last.
 enum class CpuLevel { kBaseline, kAvx2, kAvx512 };
 

@@ -83,6 +83,22 @@ int64_t SoftmaxXentReduced(const Cpu& cpu, const SoftmaxXentArgs<T>& args,
                            const Accumulator<T>* row_weight, double scale, Accumulator<T>* loss,
                            T* gradient);
 
+// The same on a GPU, where all pointers are device pointers and no label can be reported: a row
+// whose label lies outside [0, classes) and is not ignore_class has loss NaN and gradient NaN, as
+// with TensorFlow's ops. So has every row if the subset is not in ascending order or names a class
+// that is not there. Results are the same for every run on one model of GPU.
+template <typename T>
+GpuError SoftmaxXent(const Gpu& gpu, const SoftmaxXentArgs<T>& args, Accumulator<T>* loss,
+                     Accumulator<T>* stats);
+template <typename T>
+GpuError SoftmaxXentGrad(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
+                         const Accumulator<T>* dloss, const Accumulator<T>* stats,
+                         T* dpredictions);
+template <typename T>
+GpuError SoftmaxXentReduced(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
+                            const Accumulator<T>* row_weight, double scale, Accumulator<T>* loss,
+                            T* gradient);
+
 }  // namespace fusedloss
 
 #endif  // FUSEDLOSS_KERNELS_SOFTMAX_XENT_H_

@@ -518,6 +518,13 @@ struct Softmax {
 
   // A tile with a cache has e^{z − peak} of all classes in it from the forward pass.
   FUSEDLOSS_INLINE void Backward(const RowStats<A>& stats, V cotangent) const {
+    if (plan.classes == 1) {  // constant: exactly 0, where the difference of terms is an ulp
+      tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
+        V z = Logit(tile.Prediction(c, lanes));
+        tile.Emit(c, lanes, (z - z) * cotangent);
+      });
+      return;
+    }
     const bool same = SamePeak(stats);
     const V full_scale = stats.full_scale * cotangent;
     const V subset_scale = stats.subset_scale * cotangent;

@@ -1,0 +1,1050 @@
+// Softmax cross-entropy on a GPU. Memory is read once and written once: a row, or a tile of short
+// rows, stays in shared memory between the sweeps over it. Two kinds of row offer the same
+// operations, so the formulas stand once:
+//   TileRow  short rows: a block holds many, and 1 to 32 lanes of a warp work on each
+//   WideRow  long rows: a block works on one, or up to eight blocks that hold a share of it each
+// A row that fits nowhere is read from memory in every sweep.
+#include "kernels/gpu.cuh"
+#include "kernels/softmax_xent.h"
+
+namespace fusedloss {
+namespace {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int64_t kMaxClasses = 1 << 30;       // places in a row are 32-bit numbers
+constexpr int64_t kTileRowBytes = 4 << 10;     // up to here rows are short
+constexpr int64_t kTileBytes = 40 << 10;       // several blocks at once on a multiprocessor hide
+constexpr int64_t kWideBlockBytes = 64 << 10;  // each other's waits for memory
+constexpr int kMaxCluster = 8;                 // as many as every GPU with clusters has
+constexpr int64_t kMaxBlocks = 1 << 30;
+constexpr int kSumsPerRow = 9;
+
+// How many vectors a thread loads before it uses the first: more of them hide more of the wait,
+// and take more registers.
+template <bool kPlain>
+constexpr int kBatch = kPlain ? 4 : 2;
+
+enum class Pass { kForward, kBackward, kBoth };
+
+// What the kernels that run over the rows are given.
+template <typename T>
+struct Task {
+  using A = Accumulator<T>;
+  Pass pass;
+  int64_t rows;
+  int classes;
+  int length;  // of a row as it is worked on: `classes`, or the size of the subset if gathered
+  const T* predictions;
+  const int32_t* labels32;
+  const int64_t* labels64;
+  const A* targets;
+  const A* class_weight;
+  const int64_t* gathered;    // [length] class ids, or null: all classes, in their order
+  const uint32_t* in_subset;  // bit set over the classes, or null: all
+  const A* prepared;          // kPrepared numbers, or null: no subset and no class weights
+  bool from_logits, has_subset, normalize_full, has_ignore_class;
+  int64_t ignore_class;
+  A subset_size, subset_weight, full_weight, label_smoothing, lowest, highest;
+  A* loss;   // [rows] out
+  A* stats;  // [rows, stats_per_row] out of the forward pass, in to the backward one
+  int stats_per_row;
+  const A* cotangents;  // [rows], or null: all 1
+  A scale;              // of the cotangents
+  T* gradient;          // out
+};
+
+// What is the same for all rows and only the device knows: Σ of the class weights over all classes
+// and over the subset, and whether the subset is in order.
+enum Prepared { kFullWeight, kSubsetWeight, kInOrder, kPrepared };
+
+template <typename A>
+FUSEDLOSS_DEVICE A Infinity() {
+  return static_cast<A>(__builtin_huge_valf());
+}
+template <typename A>
+FUSEDLOSS_DEVICE A NotANumber() {
+  return static_cast<A>(__builtin_nanf(""));
+}
+
+// The lowest finite number.
+template <typename A>
+FUSEDLOSS_DEVICE A Lowest() {
+  if constexpr (sizeof(A) == 4) return -3.40282346638528859812e38f;
+  return static_cast<A>(-1.79769313486231570815e308);
+}
+
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE A ClassWeight(const Task<T>& task, int c) {
+  return task.class_weight ? task.class_weight[c] : A(1);
+}
+template <typename T>
+FUSEDLOSS_DEVICE bool InSubset(const Task<T>& task, int c) {
+  return task.in_subset == nullptr || (task.in_subset[c / 32] >> (c % 32)) & 1;
+}
+
+struct Plus {
+  template <typename A>
+  FUSEDLOSS_DEVICE A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+struct Greater {
+  template <typename A>
+  FUSEDLOSS_DEVICE A operator()(A a, A b) const {
+    return Max(a, b);
+  }
+};
+
+// Of lanes whose numbers agree above log2(lanes): every one of them gets the same result.
+template <typename A, int kValues, typename Op>
+FUSEDLOSS_DEVICE void ReduceLanes(int lanes, uint32_t among, A (&values)[kValues], Op op) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = op(values[i], Swap(among, values[i], distance));
+    }
+  }
+}
+
+// Where a sweep finds the row.
+enum class Source {
+  kMemory,  // in device memory, for the first time: kept if there is room
+  kKept,    // where the first sweep kept it
+};
+
+// A row of a tile that lies in shared memory.
+template <typename T, bool kMayBeDense>
+struct TileRow {
+  using A = Accumulator<T>;
+  T* predictions;
+  const A* targets;
+  int length, lane, lanes;
+  uint32_t among;
+
+  FUSEDLOSS_DEVICE bool IsFirst() const { return lane == 0; }
+
+  // Calls fn(class, prediction, target) for every class that falls to this thread.
+  template <typename Fn>
+  FUSEDLOSS_DEVICE void Each(const Task<T>& task, Source, Fn&& fn) const {
+    const bool dense = kMayBeDense && task.targets;
+    for (int c = lane; c < length; c += lanes) {
+      fn(c, ToSum(predictions[c]), dense ? targets[c] : A(0));
+    }
+  }
+  // The same; the gradient becomes what fn returns.
+  template <typename Fn>
+  FUSEDLOSS_DEVICE void Emit(const Task<T>& task, Source, Fn&& fn) {
+    const bool dense = kMayBeDense && task.targets;
+    for (int c = lane; c < length; c += lanes) {
+      Round(fn(c, ToSum(predictions[c]), dense ? targets[c] : A(0)), &predictions[c]);
+    }
+  }
+  // The gradient becomes `value`.
+  FUSEDLOSS_DEVICE void Fill(A value) {
+    for (int c = lane; c < length; c += lanes) Round(value, &predictions[c]);
+  }
+  template <int kValues, typename Op>
+  FUSEDLOSS_DEVICE void Reduce(A (&values)[kValues], Op op) {
+    ReduceLanes(lanes, among, values, op);
+  }
+
+  // peak = max z, sum = Σ e^{z − peak}: the first sweep of plain cross-entropy.
+  FUSEDLOSS_DEVICE void SumPowers(const Task<T>& task, A* peak, A* sum) {
+    A peaks[1] = {-Infinity<A>()}, sums[1] = {};
+    Each(task, Source::kMemory, [&](int, A z, A) { peaks[0] = Max(peaks[0], z); });
+    Reduce(peaks, Greater());
+    Each(task, Source::kKept, [&](int, A z, A) { sums[0] += Exp(z - peaks[0]); });
+    Reduce(sums, Plus());
+    *peak = peaks[0];
+    *sum = sums[0];
+  }
+};
+
+// The shared memory of a block of a wide row begins with these.
+template <typename A>
+struct Reductions {
+  A of_warps[2][kWarps][kSumsPerRow];
+  A of_block[2][kSumsPerRow];
+};
+template <typename A>
+constexpr int64_t kReductionBytes = (sizeof(Reductions<A>) + 15) / 16 * 16;
+
+// A row that the block, or the cluster of blocks, works on. It is cut into vectors of kVector
+// classes that are aligned in memory; the outermost may reach beyond the row.
+template <typename T, int kVector, bool kMayBeDense>
+struct WideRow {
+  using A = Accumulator<T>;
+  struct alignas(kVector * sizeof(T)) Vector {
+    T values[kVector];
+  };
+
+  const T* predictions;  // of the row
+  const A* targets;
+  T* gradient;
+  const int64_t* gathered;
+  int length;
+  int before;       // classes that the first vector reaches before the row
+  int begin, end;   // vectors of this block
+  Vector* kept;     // [end − begin], or null
+  A* kept_targets;  // [(end − begin) · kVector]
+  Reductions<A>* reductions;
+  int cluster, rank;
+  int turn;  // the half of `reductions` to use next: the other may still be read
+
+  FUSEDLOSS_DEVICE bool IsFirst() const { return ThreadId() == 0 && rank == 0; }
+
+  FUSEDLOSS_DEVICE int FirstClass(int vector) const { return vector * kVector - before; }
+  FUSEDLOSS_DEVICE int Class(int c) const {
+    if constexpr (kVector == 1) {  // gathered classes do not come in vectors
+      if (gathered) return static_cast<int>(gathered[c]);
+    }
+    return c;
+  }
+  FUSEDLOSS_DEVICE bool IsDense() const { return kMayBeDense && targets; }
+
+  // A vector that lies in the row as a whole.
+  FUSEDLOSS_DEVICE void Load(int vector, Vector& x, A (&t)[kVector]) const {
+    const int first = FirstClass(vector);
+    if constexpr (sizeof(Vector) == 16) {
+      x = LoadOnce<Vector>(predictions + first);
+      if (!IsDense()) return;
+      struct alignas(16) Part {
+        A values[16 / sizeof(A)];
+      };
+      constexpr int kPart = 16 / sizeof(A);
+      for (int i = 0; i < kVector; i += kPart) {
+        const Part part = LoadOnce<Part>(targets + first + i);
+        for (int j = 0; j < kPart; ++j) t[i + j] = part.values[j];
+      }
+    } else {
+      LoadEdge(vector, x, t, T{});
+    }
+  }
+  // Any vector; beyond the row it holds `fill`.
+  FUSEDLOSS_DEVICE void LoadEdge(int vector, Vector& x, A (&t)[kVector], T fill) const {
+    for (int i = 0; i < kVector; ++i) {
+      const int c = FirstClass(vector) + i;
+      const bool inside = c >= 0 && c < length;
+      x.values[i] = inside ? predictions[Class(c)] : fill;
+      t[i] = inside && IsDense() ? targets[Class(c)] : A(0);
+    }
+  }
+  FUSEDLOSS_DEVICE void LoadKept(int vector, Vector& x, A (&t)[kVector]) const {
+    x = kept[vector - begin];
+    for (int i = 0; IsDense() && i < kVector; ++i) {
+      t[i] = kept_targets[(vector - begin) * kVector + i];
+    }
+  }
+  FUSEDLOSS_DEVICE void Keep(int vector, const Vector& x, const A (&t)[kVector]) const {
+    kept[vector - begin] = x;
+    for (int i = 0; IsDense() && i < kVector; ++i) {
+      kept_targets[(vector - begin) * kVector + i] = t[i];
+    }
+  }
+
+  struct Whole {
+    static constexpr bool value = true;
+  };
+  struct Edge {
+    static constexpr bool value = false;
+  };
+
+  // Calls fn(vector's number, predictions, targets, Whole or Edge) for every vector of this thread.
+  template <typename Fn>
+  FUSEDLOSS_DEVICE void EachVector(Source source, T fill, Fn&& fn) const {
+    constexpr int kAtOnce = kBatch<!kMayBeDense>;
+    const bool from_kept = source == Source::kKept && kept;
+    const bool keeps = source == Source::kMemory && kept;
+    const int first_whole = begin == 0 && before > 0 ? 1 : begin;
+    const int past = (before + length) / kVector;  // all vectors that end in the row
+    const int last_whole = end < past ? end : past;
+    for (int first = first_whole + ThreadId(); first < last_whole; first += kAtOnce * kThreads) {
+      Vector x[kAtOnce];
+      A t[kAtOnce][kVector];
+      if (from_kept) {
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b) {
+          const int vector = first + b * kThreads;
+          if (vector < last_whole) LoadKept(vector, x[b], t[b]);
+        }
+      } else {
+#pragma unroll
+        for (int b = 0; b < kAtOnce; ++b) {
+          const int vector = first + b * kThreads;
+          if (vector < last_whole) Load(vector, x[b], t[b]);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kAtOnce; ++b) {
+        const int vector = first + b * kThreads;
+        if (vector >= last_whole) break;
+        if (keeps) Keep(vector, x[b], t[b]);
+        fn(vector, x[b], t[b], Whole{});
+      }
+    }
+    if constexpr (kVector > 1) {  // at most two are left: the first, and the last
+      int edge = -1;
+      if (ThreadId() == 0 && begin < first_whole) edge = begin;
+      if (ThreadId() == 1 && end > last_whole && last_whole >= first_whole) edge = last_whole;
+      if (edge < 0) return;
+      Vector x;
+      A t[kVector];
+      LoadEdge(edge, x, t, fill);
+      fn(edge, x, t, Edge{});
+    }
+  }
+
+  template <typename Fn>
+  FUSEDLOSS_DEVICE void Each(const Task<T>&, Source source, Fn&& fn) const {
+    EachVector(source, T{}, [&](int vector, const Vector& x, const A(&t)[kVector], auto kind) {
+      for (int i = 0; i < kVector; ++i) {
+        const int c = FirstClass(vector) + i;
+        if (!kind.value && (c < 0 || c >= length)) continue;
+        fn(Class(c), ToSum(x.values[i]), IsDense() ? t[i] : A(0));
+      }
+    });
+  }
+  template <typename Fn>
+  FUSEDLOSS_DEVICE void Emit(const Task<T>&, Source source, Fn&& fn) {
+    EachVector(source, T{}, [&](int vector, const Vector& x, const A(&t)[kVector], auto kind) {
+      const int first = FirstClass(vector);
+      Vector g;
+      for (int i = 0; i < kVector; ++i) {
+        const int c = first + i;
+        if (!kind.value && (c < 0 || c >= length)) continue;
+        Round(fn(Class(c), ToSum(x.values[i]), IsDense() ? t[i] : A(0)), &g.values[i]);
+        if (!kind.value || kVector == 1) gradient[Class(c)] = g.values[i];
+      }
+      if constexpr (kind.value && sizeof(Vector) == 16) StoreOnce(gradient + first, g);
+    });
+  }
+
+  FUSEDLOSS_DEVICE void Fill(A value) {
+    for (int c = rank * kThreads + ThreadId(); c < length; c += cluster * kThreads) {
+      Round(value, &gradient[Class(c)]);
+    }
+  }
+
+  template <int kValues, typename Op>
+  FUSEDLOSS_DEVICE void Reduce(A (&values)[kValues], Op op) {
+    static_assert(kValues <= kSumsPerRow);
+    ReduceLanes(kWarp, 0xffffffffu, values, op);
+    auto& of_warps = reductions->of_warps[turn];
+    if (ThreadId() % kWarp == 0) {
+      for (int i = 0; i < kValues; ++i) of_warps[ThreadId() / kWarp][i] = values[i];
+    }
+    SyncBlock();
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = of_warps[0][i];
+      for (int warp = 1; warp < kWarps; ++warp) values[i] = op(values[i], of_warps[warp][i]);
+    }
+    if (cluster > 1) {
+      auto& of_block = reductions->of_block[turn];
+      if (ThreadId() == 0) {
+        for (int i = 0; i < kValues; ++i) of_block[i] = values[i];
+        PublishToCluster();
+      }
+      SyncCluster();
+      for (int i = 0; i < kValues; ++i) {
+        values[i] = ReadPeer(&of_block[i], 0);
+        for (int peer = 1; peer < cluster; ++peer) {
+          values[i] = op(values[i], ReadPeer(&of_block[i], peer));
+        }
+      }
+    }
+    turn ^= 1;
+  }
+
+  // In one sweep, relative to the greatest logit that the thread has seen.
+  FUSEDLOSS_DEVICE void SumPowers(const Task<T>&, A* peak, A* sum) {
+    T fill;
+    Round(-Infinity<A>(), &fill);
+    A peaks[1] = {-Infinity<A>()}, sums[1] = {};
+    auto take = [&](int, const Vector& x, const A(&)[kVector], auto) {
+      A z[kVector], highest = peaks[0];
+      for (int i = 0; i < kVector; ++i) {
+        z[i] = ToSum(x.values[i]);
+        highest = Max(highest, z[i]);
+      }
+      const A reference = Max(highest, Lowest<A>());  // −Inf − −Inf would be NaN
+      if (highest > peaks[0]) {
+        sums[0] *= Exp(peaks[0] - reference);
+        peaks[0] = highest;
+      }
+      for (int i = 0; i < kVector; ++i) sums[0] += Exp(z[i] - reference);
+    };
+    EachVector(Source::kMemory, fill, take);
+    const A own = peaks[0];
+    Reduce(peaks, Greater());
+    // A thread without a finite logit has 0 or NaN to give.
+    sums[0] = own == peaks[0] ? sums[0] : sums[0] * Exp(Max(own, Lowest<A>()) - peaks[0]);
+    Reduce(sums, Plus());
+    *peak = peaks[0];
+    *sum = sums[0];
+  }
+};
+
+// ---- The formulas; see softmax_xent_simd.cc, which they follow.
+
+// What the backward pass needs of a row.
+template <typename A>
+struct RowStats {
+  A subset_peak, subset_scale, full_peak, full_scale, subset_weight;
+};
+
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE void SaveStats(const Task<T>& task, int64_t row, const RowStats<A>& stats) {
+  A* to = task.stats + row * task.stats_per_row;
+  if (task.stats_per_row == 2) {
+    to[0] = stats.full_peak;
+    to[1] = stats.full_scale;
+  } else {
+    to[0] = stats.subset_peak;
+    to[1] = stats.subset_scale;
+    to[2] = stats.full_peak;
+    to[3] = stats.full_scale;
+    to[4] = stats.subset_weight;
+  }
+}
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE RowStats<A> LoadStats(const Task<T>& task, int64_t row) {
+  const A* from = task.stats + row * task.stats_per_row;
+  if (task.stats_per_row == 2) return {A(0), A(0), from[0], from[1], A(0)};
+  return {from[0], from[1], from[2], from[3], from[4]};
+}
+
+// Plain cross-entropy: from logits and labels, without a subset, class weights and smoothing.
+template <typename T, typename Row, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE void Plain(const Task<T>& task, Row& row, int64_t i, int label, A logit) {
+  RowStats<A> stats{};
+  if (task.pass == Pass::kBackward) {
+    stats = LoadStats(task, i);
+  } else {
+    A sum;
+    row.SumPowers(task, &stats.full_peak, &sum);
+    stats.full_scale = 1 / sum;
+    if (row.IsFirst()) {
+      task.loss[i] = Log(sum) - (logit - stats.full_peak);
+      if (task.pass == Pass::kForward) SaveStats(task, i, stats);
+    }
+  }
+  if (task.pass == Pass::kForward) return;
+  const A cotangent = (task.cotangents ? task.cotangents[i] : A(1)) * task.scale;
+  const A scale = stats.full_scale * cotangent;
+  auto gradient = [&](int c, A z, A) {
+    return Exp(z - stats.full_peak) * scale - (c == label ? cotangent : A(0));
+  };
+  row.Emit(task, task.pass == Pass::kBoth ? Source::kKept : Source::kMemory, gradient);
+}
+
+// From logits, and from probabilities with labels, whose logits are log(clip(p)).
+template <typename T, typename Row, typename A = Accumulator<T>>
+struct Softmax {
+  const Task<T>& task;
+  Row& row;
+  const int label;  // −1 with dense targets
+  const bool dense = task.targets != nullptr, smoothing = task.label_smoothing != 0;
+  // Which normalisers are needed: over all classes, over S alone.
+  const bool full = !task.has_subset || task.normalize_full || task.full_weight != 0;
+  const bool subset = task.has_subset && !task.normalize_full;
+  const A unsmoothed = 1 - task.label_smoothing;
+  const A full_classes = task.prepared ? task.prepared[kFullWeight] : A(task.classes);
+  const A subset_classes = task.prepared ? task.prepared[kSubsetWeight] : task.subset_size;
+
+  FUSEDLOSS_DEVICE A Clip(A p) const {
+    p = p < task.lowest ? task.lowest : p;
+    return p > task.highest ? task.highest : p;
+  }
+  FUSEDLOSS_DEVICE A Power(A x, A peak) const { return task.from_logits ? Exp(x - peak) : Clip(x); }
+  FUSEDLOSS_DEVICE A Logit(A x) const { return task.from_logits ? x : Log(Clip(x)); }
+  FUSEDLOSS_DEVICE A Smoothed(A of_targets, A of_classes, A size) const {
+    if (!smoothing) return of_targets;
+    return of_targets * unsmoothed + of_classes * (task.label_smoothing / size);
+  }
+
+  FUSEDLOSS_DEVICE A Forward(RowStats<A>& stats) const {
+    A peaks[2] = {-Infinity<A>(), -Infinity<A>()};  // over all classes, over S
+    row.Each(task, Source::kMemory, [&](int c, A x, A) {
+      peaks[0] = Max(peaks[0], x);
+      if (subset && InSubset(task, c)) peaks[1] = Max(peaks[1], x);
+    });
+    if (task.from_logits) {
+      row.Reduce(peaks, Greater());
+      // Where the peaks are close, e^{z − peak} of all classes is exact enough for S as well.
+      if (!subset || (full && peaks[0] - peaks[1] <= A(8))) peaks[1] = peaks[0];
+    } else {
+      peaks[0] = peaks[1] = 0;
+    }
+    // Per family: Σ y, Σ w·y, Σ w·y·(z − peak), Σ w·(z − peak), w the class weights.
+    enum { kFull, kSubset, kTargets, kWeighted, kDot, kLogits, kAllWeighted, kAllDot, kAllLogits };
+    A sums[kSumsPerRow] = {};
+    const bool same = peaks[0] == peaks[1];
+    row.Each(task, Source::kKept, [&](int c, A x, A target) {
+      const bool in = InSubset(task, c);
+      A power = full ? Power(x, peaks[0]) : A(0);
+      sums[kFull] += power;
+      if (subset && in) sums[kSubset] += full && same ? power : Power(x, peaks[1]);
+      if (!dense && !smoothing && c != label) return;
+      const A z = Logit(x), weight = ClassWeight(task, c);
+      const A weighted = weight * (dense ? target : A(c == label));
+      sums[kAllWeighted] += weighted;
+      if (weighted != 0) sums[kAllDot] += weighted * (z - peaks[0]);
+      if (smoothing && weight != 0) sums[kAllLogits] += weight * (z - peaks[0]);
+      if (!in) return;
+      sums[kTargets] += dense ? target : A(c == label);
+      sums[kWeighted] += weighted;
+      if (weighted != 0) sums[kDot] += weighted * (z - peaks[1]);
+      if (smoothing && weight != 0) sums[kLogits] += weight * (z - peaks[1]);
+    });
+    row.Reduce(sums, Plus());
+    const A log_sum = Log(sums[kFull]);
+    stats.full_peak = peaks[0];
+    stats.subset_peak = peaks[1];
+    A loss = 0;
+    if (task.full_weight != 0) {
+      const A size = A(task.classes);
+      const A nats = sums[kAllWeighted] * log_sum - sums[kAllDot];
+      const A of_classes = full_classes * log_sum - sums[kAllLogits];
+      loss = task.full_weight * Smoothed(nats, of_classes, size);
+      stats.full_scale =
+          task.full_weight * Smoothed(sums[kAllWeighted], full_classes, size) / sums[kFull];
+    }
+    if (task.has_subset && sums[kTargets] != 0) {
+      const A sum = subset ? sums[kSubset] : sums[kFull], subset_log_sum = Log(sum);
+      const A nats = sums[kWeighted] * subset_log_sum - sums[kDot];
+      const A of_classes = subset_classes * subset_log_sum - sums[kLogits];
+      loss += task.subset_weight * Smoothed(nats, of_classes, task.subset_size);
+      const A scale =
+          task.subset_weight * Smoothed(sums[kWeighted], subset_classes, task.subset_size) / sum;
+      (subset ? stats.subset_scale : stats.full_scale) += scale;
+      stats.subset_weight = task.subset_weight;
+    }
+    return loss;
+  }
+
+  FUSEDLOSS_DEVICE A Gradient(const RowStats<A>& stats, A cotangent, int c, A x, A target) const {
+    if (task.length == 1) return (Logit(x) - Logit(x)) * cotangent;  // constant: exactly 0
+    const bool in = stats.subset_weight != 0 && InSubset(task, c);
+    A pull = 0, weight = task.full_weight, smooth = 0;
+    A power = full ? Power(x, stats.full_peak) : A(0);
+    if (stats.full_scale != 0) pull = stats.full_scale * cotangent * power;
+    if (smoothing) smooth = task.full_weight * (task.label_smoothing / A(task.classes));
+    if (in) {
+      if (subset) {
+        if (!full || stats.full_peak != stats.subset_peak) power = Power(x, stats.subset_peak);
+        pull += stats.subset_scale * cotangent * power;
+      }
+      weight += stats.subset_weight;
+      if (smoothing) smooth += stats.subset_weight * (task.label_smoothing / task.subset_size);
+    }
+    if (dense || smoothing || c == label) {
+      const A y = weight * unsmoothed * (dense ? target : A(c == label)) + smooth;
+      pull -= cotangent * ClassWeight(task, c) * y;
+    }
+    if (task.from_logits) return pull;
+    // d log(clip(p)) / dp is 1/p between the bounds, else 0.
+    return x < task.lowest || x > task.highest || pull == 0 ? A(0) : pull / x;
+  }
+};
+
+// From probabilities with dense targets.
+template <typename T, typename Row, typename A = Accumulator<T>>
+struct Divided {
+  const Task<T>& task;
+  Row& row;
+  const bool smoothing = task.label_smoothing != 0;
+  const A unsmoothed = 1 - task.label_smoothing;
+  const A smooth_all = smoothing ? task.label_smoothing / A(task.classes) : A(0);
+  const A smooth_in = smoothing ? task.label_smoothing / task.subset_size : A(0);
+
+  // Of p, whose share is p / sum.
+  FUSEDLOSS_DEVICE bool IsBetween(A p, A sum) const {
+    const A share = p / sum;
+    return !(share < task.lowest || share > task.highest);
+  }
+
+  FUSEDLOSS_DEVICE A Forward(RowStats<A>& stats) const {
+    A sums[3] = {};  // Σ p, and over S Σ p and Σ y
+    row.Each(task, Source::kMemory, [&](int c, A p, A target) {
+      sums[0] += p;
+      if (!InSubset(task, c)) return;
+      sums[1] += p;
+      sums[2] += target;
+    });
+    row.Reduce(sums, Plus());
+    const A full_sum = sums[0];
+    const A subset_sum = task.has_subset && !task.normalize_full ? sums[1] : sums[0];
+    const bool inside = task.has_subset && sums[2] != 0;
+    const A full_log = Log(full_sum), subset_log = Log(subset_sum);
+    const A log_lowest = Log(task.lowest), log_highest = Log(task.highest);
+    // Per family Σ y^F·log(clip(share)), and Σ y^F of the shares between the bounds.
+    enum { kAllDot, kAllBetween, kInDot, kInBetween };
+    A of_targets[4] = {};
+    row.Each(task, Source::kKept, [&](int c, A p, A target) {
+      if (!smoothing && target == 0) return;
+      const A weight = ClassWeight(task, c), log = Log(p);
+      target *= unsmoothed;
+      const A all_target = weight * (target + smooth_all);
+      if (all_target != 0) {
+        of_targets[kAllDot] += all_target * Min(Max(log - full_log, log_lowest), log_highest);
+        if (IsBetween(p, full_sum)) of_targets[kAllBetween] += all_target;
+      }
+      const A in_target = weight * (target + smooth_in);
+      if (in_target != 0 && InSubset(task, c)) {
+        of_targets[kInDot] += in_target * Min(Max(log - subset_log, log_lowest), log_highest);
+        if (IsBetween(p, subset_sum)) of_targets[kInBetween] += in_target;
+      }
+    });
+    row.Reduce(of_targets, Plus());
+    // NaN and Inf among the predictions reach loss and gradient through their sum, 0 through 0/0.
+    const A full_poison = (full_sum + 1 / full_sum) * 0;
+    A loss = 0;
+    stats = {subset_sum, 0, full_sum, 0, 0};
+    if (task.full_weight != 0) {
+      loss = task.full_weight * (full_poison - of_targets[kAllDot]);
+      stats.full_scale = task.full_weight * (of_targets[kAllBetween] / full_sum + full_poison);
+    }
+    if (inside) {
+      const A poison = (subset_sum + 1 / subset_sum) * 0;
+      loss += task.subset_weight * (poison - of_targets[kInDot]);
+      const A scale = task.subset_weight * (of_targets[kInBetween] / subset_sum + poison);
+      (task.normalize_full ? stats.full_scale : stats.subset_scale) += scale;
+      stats.subset_weight = task.subset_weight;
+    }
+    return loss;
+  }
+
+  FUSEDLOSS_DEVICE A Gradient(const RowStats<A>& stats, A cotangent, int c, A p, A target) const {
+    const bool in = stats.subset_weight != 0 && InSubset(task, c);
+    A pull = cotangent * (stats.full_scale + (in ? stats.subset_scale : A(0)));
+    if (!smoothing && target == 0) return pull;
+    target *= unsmoothed;
+    A kept = IsBetween(p, stats.full_peak) ? task.full_weight * (target + smooth_all) : A(0);
+    if (in && IsBetween(p, stats.subset_peak)) kept += stats.subset_weight * (target + smooth_in);
+    kept *= ClassWeight(task, c);
+    return kept == 0 ? pull : pull - cotangent * kept / p;
+  }
+};
+
+template <typename T, typename Row, typename Formula, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE void Run(const Task<T>& task, Row& row, int64_t i, const Formula& formula) {
+  RowStats<A> stats{};
+  if (task.pass == Pass::kBackward) {
+    stats = LoadStats(task, i);
+  } else {
+    const A loss = formula.Forward(stats);
+    if (row.IsFirst()) {
+      task.loss[i] = loss;
+      if (task.pass == Pass::kForward) SaveStats(task, i, stats);
+    }
+  }
+  if (task.pass == Pass::kForward) return;
+  const A cotangent = (task.cotangents ? task.cotangents[i] : A(1)) * task.scale;
+  auto gradient = [&](int c, A x, A target) {
+    return formula.Gradient(stats, cotangent, c, x, target);
+  };
+  row.Emit(task, task.pass == Pass::kBoth ? Source::kKept : Source::kMemory, gradient);
+}
+
+// Row i, whose predictions lie at `predictions` in device memory.
+template <bool kPlain, typename T, typename Row, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE void RunRow(const Task<T>& task, Row& row, int64_t i, const T* predictions) {
+  int64_t label = -1;
+  bool ignored = false, bad = task.prepared && task.prepared[kInOrder] == 0;
+  if (task.targets == nullptr) {
+    label = task.labels32 ? task.labels32[i] : task.labels64[i];
+    ignored = task.has_ignore_class && label == task.ignore_class;
+    bad = bad || label < 0 || label >= task.classes;
+  }
+  if (ignored || bad) {
+    const A value = ignored ? A(0) : NotANumber<A>();
+    if (task.pass != Pass::kBackward && row.IsFirst()) {
+      task.loss[i] = value;
+      if (task.pass == Pass::kForward) SaveStats(task, i, RowStats<A>{});
+    }
+    if (task.pass != Pass::kForward) {
+      row.Fill(value);
+    }
+    return;
+  }
+  if constexpr (kPlain) {
+    Plain(task, row, i, static_cast<int>(label), ToSum(predictions[label]));
+  } else if (task.from_logits || task.targets == nullptr) {
+    Run(task, row, i, Softmax<T, Row>{task, row, static_cast<int>(label)});
+  } else {
+    Run(task, row, i, Divided<T, Row>{task, row});
+  }
+}
+
+// `count` elements from device memory into shared memory, or back; both aligned if `aligned`.
+template <bool kIn, typename T>
+FUSEDLOSS_DEVICE void CopyTile(const T* from, T* to, int count, bool aligned) {
+  struct alignas(16) Vector {
+    T values[16 / sizeof(T)];
+  };
+  constexpr int kVector = 16 / sizeof(T), kTileBatch = 4;
+  const int vectors = aligned ? count / kVector : 0;
+  const auto* shared_from = reinterpret_cast<const Vector*>(from);
+  auto* shared_to = reinterpret_cast<Vector*>(to);
+  for (int first = ThreadId(); first < vectors; first += kTileBatch * kThreads) {
+    Vector batch[kTileBatch];
+#pragma unroll
+    for (int b = 0; b < kTileBatch; ++b) {
+      const int v = first + b * kThreads;
+      if (v >= vectors) continue;
+      batch[b] = kIn ? LoadOnce<Vector>(from + v * kVector) : shared_from[v];
+    }
+#pragma unroll
+    for (int b = 0; b < kTileBatch; ++b) {
+      const int v = first + b * kThreads;
+      if (v >= vectors) continue;
+      if (kIn) {
+        shared_to[v] = batch[b];
+      } else {
+        StoreOnce(to + v * kVector, batch[b]);
+      }
+    }
+  }
+  for (int i = vectors * kVector + ThreadId(); i < count; i += kThreads) to[i] = from[i];
+}
+
+template <bool kPlain, typename T>
+FUSEDLOSS_KERNEL_OF(kThreads, 3)
+OverTiles(Task<T> task, int tile_rows, int lanes, bool aligned) {
+  using A = Accumulator<T>;
+  A* targets = reinterpret_cast<A*>(SharedMemory());  // first: their type is the wider one
+  T* predictions = reinterpret_cast<T*>(targets + (task.targets ? tile_rows * task.length : 0));
+  const int64_t tiles = (task.rows + tile_rows - 1) / tile_rows;
+  const int lane = ThreadId() % lanes;
+  const int first_lane = ThreadId() % kWarp - lane;
+  const uint32_t among = (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1) << first_lane;
+  for (int64_t tile = BlockId(); tile < tiles; tile += Blocks()) {
+    const int64_t begin = tile * tile_rows;
+    const int64_t left = task.rows - begin;
+    const int rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
+    const int64_t offset = begin * task.length;
+    const int count = rows * task.length;
+    CopyTile<true>(task.predictions + offset, predictions, count, aligned);
+    if (task.targets) CopyTile<true>(task.targets + offset, targets, count, aligned);
+    SyncBlock();
+    for (int r = ThreadId() / lanes; r < rows; r += kThreads / lanes) {
+      T* here = predictions + r * task.length;
+      TileRow<T, !kPlain> row{here, targets + r * task.length, task.length, lane, lanes, among};
+      RunRow<kPlain>(task, row, begin + r, task.predictions + offset + r * task.length);
+    }
+    SyncBlock();
+    if (task.pass != Pass::kForward) {
+      CopyTile<false>(predictions, task.gradient + offset, count, aligned);
+    }
+    SyncBlock();
+  }
+}
+
+// `keeps`: there is shared memory for a block's share of a row and its targets.
+template <bool kPlain, typename T, int kVector>
+FUSEDLOSS_KERNEL_OF(kThreads, 3)
+OverWideRows(Task<T> task, int cluster, bool keeps) {
+  using Row = WideRow<T, kVector, !kPlain>;
+  using A = Accumulator<T>;
+  Row row{};
+  row.reductions = reinterpret_cast<Reductions<A>*>(SharedMemory());
+  auto* kept = reinterpret_cast<typename Row::Vector*>(SharedMemory() + kReductionBytes<A>);
+  row.cluster = cluster;
+  row.rank = cluster > 1 ? ClusterRank() : 0;
+  row.length = task.length;
+  row.gathered = task.gathered;
+  const int64_t step = Blocks() / cluster;
+  for (int64_t i = BlockId() / cluster; i < task.rows; i += step) {
+    row.predictions = task.predictions + i * task.classes;
+    row.targets = task.targets ? task.targets + i * task.classes : nullptr;
+    row.gradient = task.gradient ? task.gradient + i * task.classes : nullptr;
+    row.before = static_cast<int>(i * task.classes % kVector);
+    const int vectors = (row.before + task.length + kVector - 1) / kVector;
+    const int per_block = (vectors + cluster - 1) / cluster;
+    row.begin = row.rank * per_block;
+    row.end = row.begin + per_block < vectors ? row.begin + per_block : vectors;
+    if (keeps) {
+      row.kept = kept;
+      row.kept_targets = reinterpret_cast<A*>(kept + per_block);
+    }
+    RunRow<kPlain>(task, row, i, row.predictions);
+  }
+  if (cluster > 1) SyncCluster();  // peers may still read what this block has reduced
+}
+
+// Σ of `mine` over the block's threads, in the first one; shared memory holds kThreads of them.
+FUSEDLOSS_DEVICE double SumOfBlock(double mine) {
+  auto* sums = reinterpret_cast<double*>(SharedMemory());
+  sums[ThreadId()] = mine;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    SyncBlock();
+    if (ThreadId() < half) sums[ThreadId()] += sums[ThreadId() + half];
+  }
+  const double sum = sums[0];
+  SyncBlock();
+  return sum;
+}
+
+// One block. Fills `in_subset`, unless it is null, and `prepared`.
+template <typename A>
+FUSEDLOSS_KERNEL_OF(kThreads, 1)
+Prepare(const int64_t* subset, int64_t subset_size, int64_t classes, const A* class_weight,
+        uint32_t* in_subset, A* prepared) {
+  const int64_t words = in_subset ? (classes + 31) / 32 : 0;
+  for (int64_t word = ThreadId(); word < words; word += kThreads) in_subset[word] = 0;
+  SyncBlock();
+  double full = 0, part = 0, disorder = 0;
+  for (int64_t k = ThreadId(); k < subset_size; k += kThreads) {
+    const int64_t id = subset[k];
+    if (id < 0 || id >= classes || (k > 0 && id <= subset[k - 1])) {
+      disorder += 1;
+      continue;
+    }
+    part += class_weight ? class_weight[id] : A(1);
+    if (in_subset) AtomicOr(&in_subset[id / 32], 1u << (id % 32));
+  }
+  for (int64_t c = ThreadId(); class_weight && c < classes; c += kThreads) full += class_weight[c];
+  full = SumOfBlock(full);
+  part = SumOfBlock(part);
+  disorder = SumOfBlock(disorder);
+  if (ThreadId() != 0) return;
+  prepared[kFullWeight] = class_weight ? A(full) : A(classes);
+  prepared[kSubsetWeight] = A(part);
+  prepared[kInOrder] = disorder == 0;
+}
+
+// sums[block] = scale · Σ weight · value over the block's share. Null weights are 1.
+template <typename In, typename Out>
+FUSEDLOSS_KERNEL_OF(kThreads, 1)
+SumUp(const In* values, const In* weights, int64_t count, double scale, Out* sums) {
+  const int64_t share = (count + Blocks() - 1) / Blocks();
+  const int64_t begin = BlockId() * share;
+  const int64_t end = begin + share < count ? begin + share : count;
+  double sum = 0;
+  for (int64_t i = begin + ThreadId(); i < end; i += kThreads) {
+    sum += (weights ? static_cast<double>(weights[i]) : 1) * values[i];
+  }
+  sum = SumOfBlock(sum);
+  if (ThreadId() == 0) sums[BlockId()] = static_cast<Out>(scale * sum);
+}
+
+// ---- The host's side.
+
+constexpr int64_t kSumShare = 16 << 10;  // values that a block adds up
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+bool IsAligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
+
+#define FUSEDLOSS_RETURN_IF_ERROR(call) \
+  if (GpuError error = call) return error
+
+template <typename T>
+class Call {
+ public:
+  using A = Accumulator<T>;
+
+  Call(const Gpu& gpu, const SoftmaxXentArgs<T>& args, Pass pass) : gpu_(gpu), args_(args) {
+    const SoftmaxXentOptions& options = args.options;
+    task_ = {};
+    task_.pass = pass;
+    task_.rows = args.rows;
+    task_.classes = task_.length = static_cast<int>(args.classes);
+    task_.predictions = args.predictions;
+    task_.labels32 = args.labels32;
+    task_.labels64 = args.labels64;
+    task_.targets = args.targets;
+    task_.class_weight = args.class_weight;
+    task_.from_logits = options.from_logits;
+    task_.has_subset = args.subset != nullptr && options.subset_weight != 0;
+    task_.normalize_full = task_.has_subset && options.normalize_full;
+    task_.has_ignore_class = options.has_ignore_class;
+    task_.ignore_class = options.ignore_class;
+    task_.subset_size = static_cast<A>(task_.has_subset ? args.subset_size : 1);
+    task_.subset_weight = task_.has_subset ? static_cast<A>(options.subset_weight) : A(0);
+    task_.full_weight = args.subset ? static_cast<A>(options.full_weight) : A(1);
+    task_.label_smoothing = static_cast<A>(options.label_smoothing);
+    task_.lowest = static_cast<A>(options.epsilon);
+    task_.highest = static_cast<A>(1 - options.epsilon);
+    task_.stats_per_row = SoftmaxXentStats(args);
+    task_.scale = 1;
+    if (task_.has_subset && !task_.normalize_full && task_.full_weight == 0 &&
+        args.subset_size * kGatherShare <= args.classes) {
+      task_.gathered = args.subset;
+      task_.length = static_cast<int>(args.subset_size);
+    }
+    plain_ = task_.stats_per_row == 2 && task_.from_logits && task_.targets == nullptr;
+  }
+
+  Task<T>& task() { return task_; }
+
+  GpuError Run() {
+    if (args_.classes > kMaxClasses) return "more than 2^30 classes";
+    FUSEDLOSS_RETURN_IF_ERROR(PrepareSubset());
+    if (task_.gathered && task_.gradient) {
+      FUSEDLOSS_RETURN_IF_ERROR(
+          Zero(gpu_, task_.gradient, task_.rows * args_.classes * int64_t{sizeof(T)}));
+    }
+    return plain_ ? OverRows<true>() : OverRows<false>();
+  }
+
+  // *loss = scale · Σ_i weights[i] · losses[i]
+  GpuError AddUp(const A* losses, const A* weights, double scale, A* loss) {
+    constexpr int64_t kShared = kThreads * sizeof(double);
+    const int64_t blocks = CeilDiv(task_.rows, kSumShare);
+    if (blocks == 1) {
+      return Launch(gpu_, SumUp<A, A>, 1, kThreads, 1, kShared, losses, weights, task_.rows, scale,
+                    loss);
+    }
+    auto* sums = static_cast<double*>(gpu_.allocate(gpu_.owner, blocks * sizeof(double)));
+    if (sums == nullptr) return kNoMemory;
+    FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu_, SumUp<A, double>, blocks, kThreads, 1, kShared, losses,
+                                     weights, task_.rows, 1.0, sums));
+    const double* values = sums;
+    const double* ones = nullptr;
+    return Launch(gpu_, SumUp<double, A>, 1, kThreads, 1, kShared, values, ones, blocks, scale,
+                  loss);
+  }
+
+ private:
+  // Gathered columns lie apart, a memory transaction each: worth it for few of them.
+  static constexpr int64_t kGatherShare = 8;
+
+  GpuError PrepareSubset() {
+    if (args_.subset == nullptr && args_.class_weight == nullptr) return nullptr;
+    const bool wants_set = task_.has_subset && task_.gathered == nullptr;
+    const int64_t words = wants_set ? CeilDiv(task_.classes, 32) : 0;
+    auto* memory = static_cast<char*>(
+        gpu_.allocate(gpu_.owner, kPrepared * sizeof(double) + words * sizeof(uint32_t)));
+    if (memory == nullptr) return kNoMemory;
+    auto* prepared = reinterpret_cast<A*>(memory);
+    auto* in_subset =
+        wants_set ? reinterpret_cast<uint32_t*>(memory + kPrepared * sizeof(double)) : nullptr;
+    task_.prepared = prepared;
+    task_.in_subset = in_subset;
+    return Launch(gpu_, Prepare<A>, 1, kThreads, 1, kThreads * sizeof(double), args_.subset,
+                  args_.subset_size, args_.classes, args_.class_weight, in_subset, prepared);
+  }
+
+  template <bool kPlain>
+  GpuError OverRows() {
+    constexpr int kVector = 16 / sizeof(T);
+    const bool aligned = IsAligned(task_.predictions) && IsAligned(task_.gradient) &&
+                         IsAligned(task_.targets) && task_.gathered == nullptr;
+    const int64_t row_bytes = int64_t{task_.length} * (sizeof(T) + (task_.targets ? sizeof(A) : 0));
+    if (task_.gathered == nullptr && row_bytes <= kTileRowBytes) {
+      return OverTilesOf<kPlain>(row_bytes, aligned);
+    }
+    return aligned ? OverWideRowsOf<kPlain, kVector>() : OverWideRowsOf<false, 1>();
+  }
+
+  template <bool kPlain>
+  GpuError OverTilesOf(int64_t row_bytes, bool aligned) {
+    int lanes = 1;
+    while (lanes < kWarp && lanes * 8 < task_.length) lanes *= 2;
+    // A multiple of 8 rows begins where 16 bytes begin.
+    int64_t tile_rows = kTileBytes / row_bytes;
+    const int64_t for_all = CeilDiv(task_.rows, kTiles);
+    if (tile_rows > for_all) tile_rows = for_all;
+    tile_rows = CeilDiv(tile_rows, 8) * 8;
+    int64_t tiles = CeilDiv(task_.rows, tile_rows);
+    if (tiles > kMaxBlocks) tiles = kMaxBlocks;
+    return Launch(gpu_, OverTiles<kPlain, T>, tiles, kThreads, 1, tile_rows * row_bytes, task_,
+                  static_cast<int>(tile_rows), lanes, aligned);
+  }
+
+  template <bool kPlain, int kVector>
+  GpuError OverWideRowsOf() {
+    auto* kernel = OverWideRows<kPlain, T, kVector>;
+    const int64_t vectors = CeilDiv(int64_t{task_.length} + kVector - 1, kVector);  // at most
+    const int64_t vector_bytes = kVector * (sizeof(T) + (task_.targets ? sizeof(A) : 0));
+    auto share = [&](int cluster) { return CeilDiv(vectors, cluster) * vector_bytes; };
+    int64_t limit = 0;
+    FUSEDLOSS_RETURN_IF_ERROR(SharedMemoryLimit(&limit));
+    int cluster = 1;
+    if (share(1) > kWideBlockBytes) {
+      bool has_clusters = false;
+      FUSEDLOSS_RETURN_IF_ERROR(HasClusters(kernel, &has_clusters));
+      while (has_clusters && cluster < kMaxCluster && share(cluster) > kWideBlockBytes) {
+        cluster *= 2;
+      }
+    }
+    // One sweep needs nothing kept.
+    const bool sweeps_once =
+        task_.pass == Pass::kBackward || (kPlain && task_.pass == Pass::kForward);
+    const bool keeps = !sweeps_once && kReductionBytes<A> + share(cluster) <= limit;
+    int64_t teams = task_.rows;
+    if (teams > kMaxBlocks / cluster) teams = kMaxBlocks / cluster;
+    return Launch(gpu_, kernel, teams * cluster, kThreads, cluster,
+                  kReductionBytes<A> + (keeps ? share(cluster) : 0), task_, cluster, keeps);
+  }
+
+  // Enough for every multiprocessor to have several.
+  static constexpr int64_t kTiles = 1024;
+  static constexpr GpuError kNoMemory = "out of memory";
+
+  const Gpu& gpu_;
+  const SoftmaxXentArgs<T>& args_;
+  Task<T> task_;
+  bool plain_;
+};
+
+}  // namespace
+
+template <typename T>
+GpuError SoftmaxXent(const Gpu& gpu, const SoftmaxXentArgs<T>& args, Accumulator<T>* loss,
+                     Accumulator<T>* stats) {
+  constexpr int64_t kBytes = sizeof(Accumulator<T>);
+  if (args.rows == 0) return nullptr;
+  if (args.classes == 0) {
+    FUSEDLOSS_RETURN_IF_ERROR(Zero(gpu, loss, args.rows * kBytes));
+    return Zero(gpu, stats, args.rows * SoftmaxXentStats(args) * kBytes);
+  }
+  Call<T> call(gpu, args, Pass::kForward);
+  call.task().loss = loss;
+  call.task().stats = stats;
+  return call.Run();
+}
+
+template <typename T>
+GpuError SoftmaxXentGrad(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
+                         const Accumulator<T>* dloss, const Accumulator<T>* stats,
+                         T* dpredictions) {
+  if (args.rows == 0 || args.classes == 0) return nullptr;
+  Call<T> call(gpu, args, Pass::kBackward);
+  // The task takes statistics in and out by one pointer; backward only reads them.
+  call.task().stats = const_cast<Accumulator<T>*>(stats);
+  call.task().cotangents = dloss;
+  call.task().gradient = dpredictions;
+  return call.Run();
+}
+
+template <typename T>
+GpuError SoftmaxXentReduced(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
+                            const Accumulator<T>* row_weight, double scale, Accumulator<T>* loss,
+                            T* gradient) {
+  using A = Accumulator<T>;
+  if (args.rows == 0 || args.classes == 0) return Zero(gpu, loss, sizeof(A));
+  auto* losses = static_cast<A*>(gpu.allocate(gpu.owner, args.rows * int64_t{sizeof(A)}));
+  if (losses == nullptr) return "out of memory";
+  Call<T> call(gpu, args, Pass::kBoth);
+  call.task().loss = losses;
+  call.task().cotangents = row_weight;
+  call.task().scale = static_cast<A>(scale);
+  call.task().gradient = gradient;
+  FUSEDLOSS_RETURN_IF_ERROR(call.Run());
+  return call.AddUp(losses, row_weight, scale, loss);
+}
+
+#define FUSEDLOSS_INSTANTIATE(T)                                                                  \
+  template GpuError SoftmaxXent(const Gpu&, const SoftmaxXentArgs<T>&, Accumulator<T>*,           \
+                                Accumulator<T>*);                                                 \
+  template GpuError SoftmaxXentGrad(const Gpu&, const SoftmaxXentArgs<T>&, const Accumulator<T>*, \
+                                    const Accumulator<T>*, T*);                                   \
+  template GpuError SoftmaxXentReduced(const Gpu&, const SoftmaxXentArgs<T>&,                     \
+                                       const Accumulator<T>*, double, Accumulator<T>*, T*);
+FUSEDLOSS_INSTANTIATE(float)
+FUSEDLOSS_INSTANTIATE(double)
+FUSEDLOSS_INSTANTIATE(Half)
+FUSEDLOSS_INSTANTIATE(BFloat16)
+#undef FUSEDLOSS_INSTANTIATE
+
+}  // namespace fusedloss

@@ -1,0 +1,83 @@
+// The GPU kernels on a CPU, for tests to call through ctypes.
+#include "kernels/gpu.cuh"
+#include "kernels/softmax_xent.h"
+
+namespace fusedloss {
+namespace {
+
+// Mirrored in test_gpu_kernels.py.
+struct Arguments {
+  int64_t rows, classes, subset_size, ignore_class;
+  int64_t from_logits, normalize_full, has_ignore_class;
+  double subset_weight, full_weight, label_smoothing, epsilon, scale;
+  const void *predictions, *labels32, *labels64, *targets, *class_weight, *subset;
+  const void *dloss, *row_weight;
+  void *loss, *stats, *gradient;
+};
+
+struct Memory {
+  std::vector<std::unique_ptr<char[]>> held;
+};
+
+void* Allocate(void* owner, int64_t bytes) {
+  auto* memory = static_cast<Memory*>(owner);
+  memory->held.emplace_back(new char[bytes + 256]);
+  std::memset(memory->held.back().get(), 0xff, bytes + 256);
+  const auto address = reinterpret_cast<uintptr_t>(memory->held.back().get());
+  return reinterpret_cast<void*>((address + 255) / 256 * 256);
+}
+
+template <typename T>
+GpuError Run(int op, const Arguments& from) {
+  using A = Accumulator<T>;
+  SoftmaxXentArgs<T> args{};
+  args.rows = from.rows;
+  args.classes = from.classes;
+  args.predictions = static_cast<const T*>(from.predictions);
+  args.labels32 = static_cast<const int32_t*>(from.labels32);
+  args.labels64 = static_cast<const int64_t*>(from.labels64);
+  args.targets = static_cast<const A*>(from.targets);
+  args.class_weight = static_cast<const A*>(from.class_weight);
+  args.subset = static_cast<const int64_t*>(from.subset);
+  args.subset_size = from.subset_size;
+  args.options = {from.from_logits != 0,      from.normalize_full != 0,
+                  from.has_ignore_class != 0, from.ignore_class,
+                  from.subset_weight,         from.full_weight,
+                  from.label_smoothing,       from.epsilon};
+  Memory memory;
+  Gpu gpu{nullptr, Allocate, &memory};
+  auto* loss = static_cast<A*>(from.loss);
+  auto* stats = static_cast<A*>(from.stats);
+  auto* gradient = static_cast<T*>(from.gradient);
+  switch (op) {
+    case 0:
+      return SoftmaxXent<T>(gpu, args, loss, stats);
+    case 1:
+      return SoftmaxXentGrad<T>(gpu, args, static_cast<const A*>(from.dloss), stats, gradient);
+    default:
+      return SoftmaxXentReduced<T>(gpu, args, static_cast<const A*>(from.row_weight), from.scale,
+                                   loss, gradient);
+  }
+}
+
+}  // namespace
+}  // namespace fusedloss
+
+extern "C" void emulate(int64_t shared_memory_limit, int has_clusters, int runs_backwards) {
+  fusedloss::emulated_device = {shared_memory_limit, has_clusters != 0, runs_backwards != 0};
+}
+
+// op: 0 forward, 1 backward, 2 reduced; dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16. Null if
+// all went well.
+extern "C" const char* run(int op, int dtype, const fusedloss::Arguments* arguments) {
+  switch (dtype) {
+    case 0:
+      return fusedloss::Run<float>(op, *arguments);
+    case 1:
+      return fusedloss::Run<double>(op, *arguments);
+    case 2:
+      return fusedloss::Run<fusedloss::Half>(op, *arguments);
+    default:
+      return fusedloss::Run<fusedloss::BFloat16>(op, *arguments);
+  }
+}
