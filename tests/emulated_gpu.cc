@@ -15,17 +15,27 @@ struct Arguments {
   void *loss, *stats, *gradient;
 };
 
-struct Memory {
-  std::vector<std::unique_ptr<char[]>> held;
-};
+// As much memory as the contract promises to suffice, and no more.
+struct Workspace {
+  explicit Workspace(int64_t bytes) : memory(bytes + kAlignment, '\xff'), left(bytes) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    next = memory.data() + (kAlignment - address % kAlignment) % kAlignment;
+  }
 
-void* Allocate(void* owner, int64_t bytes) {
-  auto* memory = static_cast<Memory*>(owner);
-  memory->held.emplace_back(new char[bytes + 256]);
-  std::memset(memory->held.back().get(), 0xff, bytes + 256);
-  const auto address = reinterpret_cast<uintptr_t>(memory->held.back().get());
-  return reinterpret_cast<void*>((address + 255) / 256 * 256);
-}
+  static void* Allocate(void* owner, int64_t bytes) {
+    auto* workspace = static_cast<Workspace*>(owner);
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes > workspace->left) return nullptr;
+    workspace->left -= bytes;
+    workspace->next += bytes;
+    return workspace->next - bytes;
+  }
+
+  static constexpr int64_t kAlignment = 256;
+  std::vector<char> memory;
+  char* next;
+  int64_t left;
+};
 
 template <typename T>
 GpuError Run(int op, const Arguments& from) {
@@ -44,8 +54,8 @@ GpuError Run(int op, const Arguments& from) {
                   from.has_ignore_class != 0, from.ignore_class,
                   from.subset_weight,         from.full_weight,
                   from.label_smoothing,       from.epsilon};
-  Memory memory;
-  Gpu gpu{nullptr, Allocate, &memory};
+  Workspace workspace(SoftmaxXentWorkspace(op == 2 ? args.rows : 0, args.classes));
+  Gpu gpu{nullptr, Workspace::Allocate, &workspace};
   auto* loss = static_cast<A*>(from.loss);
   auto* stats = static_cast<A*>(from.stats);
   auto* gradient = static_cast<T*>(from.gradient);

@@ -18,6 +18,8 @@ import fusedloss
 import truth
 from fusedloss.softmax_xent import CategoricalCrossentropy, SparseCategoricalCrossentropy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 RUN = {
     "eager": lambda fn: fn,
     "graph": tf.function,
@@ -119,7 +121,7 @@ def check_error(ours, tensorflow, exact, terms, epsilon, what):
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_case(values):
+def check_case(values, device):
     case = dict(zip(FACTORS, values, strict=True))
     rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
     predictions, targets, arguments, cotangents = sample(case, rng)
@@ -167,6 +169,7 @@ def check_case(values):
         allowed = 2 * tf_error + sums_epsilon * max(4 * scale, terms)
         assert error <= allowed, f"reduced loss: error {error:.3g}, allowed {allowed:.3g}"
     assert gradient.dtype == predictions.dtype
+    assert loss.device.endswith(device) and gradient.device.endswith(device)
     gradient, tf_gradient = tf.cast(gradient, tf.float64), tf.cast(tf_gradient, tf.float64)
     check_error(gradient, tf_gradient, exact_gradient, gradient_terms, epsilon, "gradient")
 
@@ -176,14 +179,14 @@ def _name(values):
 
 
 @pytest.mark.parametrize("values", DRAWN, ids=_name)
-def test_error_is_within_twice_tensorflows(values):
-    check_case(values)
+def test_error_is_within_twice_tensorflows(values, device):
+    check_case(values, device)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("values", PRODUCT, ids=_name)
-def test_error_is_within_twice_tensorflows_in_the_product(values):
-    check_case(values)
+def test_error_is_within_twice_tensorflows_in_the_product(values, device):
+    check_case(values, device)
 
 
 def test_the_kernels_are_those_that_were_asked_for():
@@ -357,14 +360,20 @@ def test_nan_and_inf_stay_in_their_long_row(bad, dtype):
 
 @pytest.mark.long
 def test_more_than_two_to_the_31_elements():
-    rows, classes = 3, 2**30 + 24
+    rows, classes = 2**16 + 1, 2**15
     x = np.zeros((rows, classes), tf.bfloat16.as_numpy_dtype)
-    x[2, -1] = 3
+    x[-1, -1] = 20
+    labels = np.zeros(rows, np.int32)
+    labels[-1] = classes - 1
     fused = SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
     x = tf.constant(x)
     with tf.GradientTape() as tape:
         tape.watch(x)
-        loss = fused(tf.constant([0, 5, classes - 1]), x)
+        loss = fused(labels, x)
     gradient = tape.gradient(loss, x)
-    np.testing.assert_allclose(loss, 3 * np.log(classes) - 3, rtol=1e-5)
-    np.testing.assert_allclose(tf.cast(gradient[2, -1], tf.float32), -1, rtol=1e-2)
+    last = np.log1p((classes - 1) * np.exp(-20.0))
+    np.testing.assert_allclose(loss, (rows - 1) * np.log(classes) + last, rtol=1e-6)
+    rows_of_interest = tf.cast(tf.gather(gradient, [0, rows - 2, rows - 1]), tf.float32).numpy()
+    np.testing.assert_allclose(rows_of_interest[:2, 0], 1 / classes - 1, rtol=1e-2)
+    np.testing.assert_allclose(rows_of_interest[:2, 1:], 1 / classes, rtol=1e-2)
+    np.testing.assert_allclose(rows_of_interest[2, -1], np.expm1(-last), rtol=1e-2)

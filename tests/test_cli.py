@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import fusedloss
-from fusedloss import bench
+from fusedloss import bench, doctor
 from fusedloss.cases import CASES
 from fusedloss.cli import main
 
@@ -38,6 +38,29 @@ def test_doctor_names_versions_and_fails_only_without_the_compiled_library(capsy
     assert status == (0 if fusedloss.backend() == "compiled" else 1), printed
     for version in (tf.__version__, keras.__version__, np.__version__):
         assert version in printed
+
+
+def test_doctor_tells_what_each_gpu_lacks(monkeypatch):
+    gpus = [("GPU:0 Old", (6, 1)), ("GPU:1 New", (9, 0)), ("GPU:2 Other", None)]
+    monkeypatch.setattr(doctor._lib, "gpus", lambda: gpus)
+    monkeypatch.setattr(doctor._lib, "driver_cuda", lambda: (12, 4))
+
+    def remedies(**build):
+        rows = doctor.gpu_findings(build)
+        assert all(what and state for what, state, _ in rows)
+        return {what: remedy for what, _, remedy in rows if remedy}
+
+    found = remedies(cuda_version="13.0", cuda_architectures=["75", "90"])
+    assert list(found) == ["NVIDIA driver", "GPU visible: GPU:0 Old", "GPU visible: GPU:2 Other"]
+    assert "update the driver" in found["NVIDIA driver"]
+    assert "CMAKE_CUDA_ARCHITECTURES=61" in found["GPU visible: GPU:0 Old"]
+    assert list(remedies(cuda_version="12.9", cuda_architectures=["60", "90"])) == [
+        "GPU visible: GPU:2 Other"
+    ]
+    found = remedies(cuda_version="", cuda_architectures=[])
+    assert "rebuild with a CUDA compiler" in found["CUDA architectures in the library"]
+    gpus.clear()
+    assert remedies(cuda_version="13.0", cuda_architectures=["90"]) == {}
 
 
 def test_bench_prints_its_columns(measured):

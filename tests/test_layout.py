@@ -33,6 +33,7 @@ def test_a_loss_has_one_file_in_each_place(loss):
         f"csrc/kernels/{loss}.h",
         f"csrc/kernels/{loss}_cpu.cc",
         f"csrc/kernels/{loss}_simd.cc",
+        f"csrc/kernels/{loss}_gpu.cu",
         f"csrc/tf/{loss}.cc",
         f"python/fusedloss/{loss}.py",
         f"python/fusedloss/reference/{loss}.py",

@@ -1,8 +1,10 @@
 """The compiled library: its versions, its threads, and what happens without it."""
 
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_every_cpu_version_passes_the_accuracy_tests(level):
     tests = os.path.join(os.path.dirname(__file__), "test_accuracy.py")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not xla and not product", tests],
-        env={**os.environ, "FUSEDLOSS_CPU": level},
+        env={**os.environ, "FUSEDLOSS_CPU": level, "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
         timeout=900,
@@ -96,7 +98,10 @@ print("\\n".join(digests))
 
 @needs_library
 def test_results_are_bitwise_the_same_for_any_number_of_threads():
-    runs = [run_python(STEP.replace("THREADS", str(threads))) for threads in (1, 2, 5)]
+    runs = [
+        run_python(STEP.replace("THREADS", str(threads)), CUDA_VISIBLE_DEVICES="-1")
+        for threads in (1, 2, 5)
+    ]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr[-2000:]
     digests = [run.stdout.split() for run in runs]
     assert len(digests[0]) == 12
@@ -154,7 +159,7 @@ print("finished")
 
 @needs_library
 def test_many_callers_of_many_losses_do_not_wait_for_each_other():
-    run = run_python(DEADLOCK, timeout_s=180)
+    run = run_python(DEADLOCK, timeout_s=180, CUDA_VISIBLE_DEVICES="-1")
     assert run.stdout.strip() == "finished", run.stderr[-2000:]
 
 
@@ -185,6 +190,7 @@ import sys, types, warnings
 core = types.ModuleType("fusedloss._core")
 core.build_info = lambda: {info}
 sys.modules["fusedloss._core"] = core
+{machine}
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import fusedloss
@@ -202,18 +208,36 @@ assert abs(float(loss(np.array([1]), np.zeros((1, 4), np.float32))) - np.log(4))
 def _info(**changes):
     info = {
         "tensorflow": tf.__version__, "cxx11_abi": tf.sysconfig.CXX11_ABI_FLAG,
-        "cuda_architectures": [],
+        "cuda_architectures": [], "cuda_version": "",
     }  # fmt: skip
     return {**info, **changes}
 
 
+A_GPU = """
+import tensorflow as tf
+gpu = types.SimpleNamespace(name="/physical_device:GPU:0")
+tf.config.get_visible_devices = lambda kind=None: [gpu]
+tf.config.experimental.get_device_details = lambda device: {"compute_capability": (6, 1)}
+"""
+
+
 @needs_library
 @pytest.mark.parametrize(
-    "changes, says",
-    [({"tensorflow": "2.99.0"}, "built for TensorFlow 2.99"), ({"cxx11_abi": 7}, "CXX11_ABI=7")],
+    "changes, machine, says",
+    [
+        ({"tensorflow": "2.99.0"}, "", "built for TensorFlow 2.99"),
+        ({"cxx11_abi": 7}, "", "CXX11_ABI=7"),
+        ({}, A_GPU, "built without CUDA"),
+        (
+            {"cuda_architectures": ["75", "120-ptx"], "cuda_version": "13.0"},
+            A_GPU,
+            "GPU:0 has compute capability 6.1",
+        ),
+    ],
+    ids=["TensorFlow", "ABI", "no CUDA", "other GPU"],
 )
-def test_a_library_for_another_tensorflow_is_not_loaded(changes, says):
-    code = OTHER_BUILD.replace("{info}", repr(_info(**changes)))
+def test_a_library_for_another_machine_is_not_loaded(changes, machine, says):
+    code = OTHER_BUILD.replace("{info}", repr(_info(**changes))).replace("{machine}", machine)
     run = run_python(code, FUSEDLOSS_REQUIRE_COMPILED="0")
     lines = run.stdout.splitlines()
     assert lines[:3] == ["reference", "reference", "1"], run.stdout + run.stderr[-2000:]
@@ -227,6 +251,66 @@ def test_a_library_for_another_tensorflow_is_not_loaded(changes, says):
 def test_a_backend_that_the_environment_names_is_refused_before_keras_imports_it():
     run = run_python("import fusedloss", KERAS_BACKEND="jax")
     assert "ImportError: fusedloss runs on Keras's TensorFlow backend" in run.stderr
+
+
+BUILD = _info(cuda_architectures=["75", "86", "90", "90-ptx"], cuda_version="12.9")
+# What the GPUs can do, the CUDA of the driver, what the library is built for, what is said of it.
+MACHINES = {
+    "no GPU": ([], None, BUILD, ""),
+    "exactly": ([(8, 6)], (12, 9), BUILD, ""),
+    "a newer minor version": ([(8, 9)], (12, 9), BUILD, ""),
+    "two GPUs": ([(7, 5), (9, 0)], (13, 0), BUILD, ""),
+    "an older driver of the same major version": ([(9, 0)], (12, 0), BUILD, ""),
+    "translated": ([(12, 0)], (12, 9), BUILD, ""),
+    "no CUDA": ([(9, 0)], (12, 9), _info(), "the library was built without CUDA; rebuild"),
+    "an older minor version": (
+        [(8, 0)], (12, 9), BUILD,
+        "compute capability 8.0, which is not among .*75, 86, .*CMAKE_CUDA_ARCHITECTURES=80",
+    ),
+    "the second GPU": ([(9, 0), (6, 1)], (12, 9), BUILD, "^GPU:1 Some GPU has .* 6.1"),
+    "too new for the driver to translate": (
+        [(12, 0)], (12, 8), BUILD, "capability 12.0.*; update the NVIDIA driver to one for CUDA 12",
+    ),
+    "an older driver": (
+        [(9, 0)], (11, 8), BUILD,
+        "driver is for CUDA 11.8.* built with CUDA 12.9; update .* build of fusedloss for CUDA 11",
+    ),
+    "a driver that does not answer": ([(9, 0)], None, BUILD, "driver cannot be asked"),
+    "not NVIDIA's": ([None], None, BUILD, "no CUDA compute capability; hide the GPU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capabilities, driver, build, says", MACHINES.values(), ids=MACHINES)
+def test_every_gpu_is_served_or_it_is_said_why_not(capabilities, driver, build, says, monkeypatch):
+    gpus = [SimpleNamespace(name=f"/physical_device:GPU:{i}") for i in range(len(capabilities))]
+    details = [
+        {"device_name": "Some GPU"} | ({"compute_capability": capability} if capability else {})
+        for capability in capabilities
+    ]
+    monkeypatch.setattr(tf.config, "get_visible_devices", {"GPU": gpus}.__getitem__)
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda gpu: details[gpus.index(gpu)]
+    )
+    monkeypatch.setattr(_lib, "driver_cuda", lambda: driver)
+    reason = _lib.gpu_reason(build)
+    assert (re.search(says, reason) is not None) if says else (reason == ""), reason
+
+
+def test_the_driver_says_what_cuda_it_is_for(monkeypatch):
+    def driver(version, status):
+        def ask(result):
+            result._obj.value = version
+            return status
+
+        return lambda name: SimpleNamespace(cuDriverGetVersion=ask)
+
+    monkeypatch.setattr(_lib.ctypes, "CDLL", driver(12040, 0))
+    assert _lib.driver_cuda() == (12, 4)
+    monkeypatch.setattr(_lib.ctypes, "CDLL", driver(0, 999))
+    assert _lib.driver_cuda() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(_lib, "DRIVER", "libno-such-driver.so")
+    assert _lib.driver_cuda() is None
 
 
 SHAPES = """

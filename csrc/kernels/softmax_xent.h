@@ -86,18 +86,24 @@ int64_t SoftmaxXentReduced(const Cpu& cpu, const SoftmaxXentArgs<T>& args,
 // The same on a GPU, where all pointers are device pointers and no label can be reported: a row
 // whose label lies outside [0, classes) and is not ignore_class has loss NaN and gradient NaN, as
 // with TensorFlow's ops. So has every row if the subset is not in ascending order or names a class
-// that is not there. Results are the same for every run on one model of GPU.
+// that is not there. At most 2^30 classes. Results are the same for every run on one model of GPU.
 template <typename T>
 GpuError SoftmaxXent(const Gpu& gpu, const SoftmaxXentArgs<T>& args, Accumulator<T>* loss,
                      Accumulator<T>* stats);
 template <typename T>
 GpuError SoftmaxXentGrad(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
-                         const Accumulator<T>* dloss, const Accumulator<T>* stats,
-                         T* dpredictions);
+                         const Accumulator<T>* dloss, const Accumulator<T>* stats, T* dpredictions);
 template <typename T>
 GpuError SoftmaxXentReduced(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
                             const Accumulator<T>* row_weight, double scale, Accumulator<T>* loss,
                             T* gradient);
+
+// No call asks Gpu::allocate for more bytes than these, every piece rounded up to a multiple of
+// 256: a number for every row and for every 2^14 of them, a bit for every class, and a few more.
+// Only SoftmaxXentReduced asks for the rows' share.
+inline int64_t SoftmaxXentWorkspace(int64_t rows, int64_t classes) {
+  return 8 * rows + 8 * (rows >> 14) + classes / 8 + 4096;
+}
 
 }  // namespace fusedloss
 

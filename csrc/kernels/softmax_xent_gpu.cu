@@ -771,7 +771,7 @@ OverWideRows(Task<T> task, int cluster, bool keeps) {
   if (cluster > 1) SyncCluster();  // peers may still read what this block has reduced
 }
 
-// Σ of `mine` over the block's threads, in the first one; shared memory holds kThreads of them.
+// Σ of `mine` over the block's threads; shared memory holds kThreads of them.
 FUSEDLOSS_DEVICE double SumOfBlock(double mine) {
   auto* sums = reinterpret_cast<double*>(SharedMemory());
   sums[ThreadId()] = mine;
@@ -779,6 +779,7 @@ FUSEDLOSS_DEVICE double SumOfBlock(double mine) {
     SyncBlock();
     if (ThreadId() < half) sums[ThreadId()] += sums[ThreadId() + half];
   }
+  SyncBlock();
   const double sum = sums[0];
   SyncBlock();
   return sum;

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -26,7 +28,10 @@ py::dict BuildInfo() {
   info["cxx11_abi"] = FUSEDLOSS_CXX11_ABI;
   info["compiler"] = FUSEDLOSS_COMPILER;
   info["cpu_levels"] = std::vector<std::string>{"baseline", "avx2", "avx512"};
-  info["cuda_architectures"] = std::vector<std::string>{};
+  info["cuda_version"] = FUSEDLOSS_CUDA_VERSION;  // "" without CUDA, as the list below is empty
+  std::istringstream architectures(FUSEDLOSS_CUDA_ARCHITECTURES);
+  info["cuda_architectures"] = std::vector<std::string>(
+      std::istream_iterator<std::string>(architectures), std::istream_iterator<std::string>());
   return info;
 }
 

@@ -13,6 +13,9 @@
 #include "tensorflow/core/framework/node_def_util.h"
 #include "tensorflow/core/lib/core/threadpool.h"
 #include "tensorflow/core/platform/blocking_counter.h"
+#ifdef FUSEDLOSS_CUDA
+#include "xla/stream_executor/stream.h"
+#endif
 
 namespace fusedloss {
 namespace {
@@ -170,6 +173,41 @@ int64_t Elements(const PartialDims& shape) {
   return known ? elements : kUnknown;
 }
 
+constexpr int64_t kWorkspaceAlignment = 256;  // bytes
+
+absl::Status RunOnCpu(const Op& op, const Attributes& attributes,
+                      tensorflow::OpKernelContext* context, OpCall::Buffers inputs,
+                      OpCall::Buffers outputs) {
+  const auto* workers = context->device()->tensorflow_cpu_worker_threads();
+  struct Threads {
+    tensorflow::thread::ThreadPool* pool;
+    int helpers;
+  } threads{workers->workers, workers->num_threads - 1};
+  Cpu cpu{[](void* context, int64_t blocks, void (*fn)(void*, int64_t), void* fn_context) {
+            auto* threads = static_cast<Threads*>(context);
+            RunBlocks([&](std::function<void()> task) { threads->pool->Schedule(std::move(task)); },
+                      threads->helpers, blocks, fn, fn_context);
+          },
+          &threads};
+  return RunOp(op, OpCall(cpu, attributes, std::move(inputs), std::move(outputs)));
+}
+
+#ifdef FUSEDLOSS_CUDA
+absl::Status RunOnGpu(const Op& op, const Attributes& attributes, int64_t workspace_bytes,
+                      tensorflow::OpKernelContext* context, OpCall::Buffers inputs,
+                      OpCall::Buffers outputs) {
+  // Given back when this returns, before the kernel has run: TensorFlow's allocator hands memory to
+  // work that is enqueued later on the same stream.
+  tensorflow::Tensor workspace;
+  TF_RETURN_IF_ERROR(context->allocate_temp(
+      tensorflow::DT_UINT8, tensorflow::TensorShape({workspace_bytes}), &workspace));
+  void* stream = context->op_device_context()->stream()->platform_specific_handle().stream;
+  return RunOpOnGpu(op, attributes, stream,
+                    {workspace.data(), tensorflow::DT_UINT8, {workspace_bytes}}, std::move(inputs),
+                    std::move(outputs));
+}
+#endif
+
 }  // namespace
 
 void Attributes::Add(absl::string_view name, int64_t boolean_or_integer_or_type) {
@@ -216,6 +254,14 @@ Attributes DecodeAttributes(const std::string& op, const FindAttr& find) {
 Attributes DecodeAttributes(const tensorflow::NodeDef& node) {
   tensorflow::AttrSlice attrs(node);
   return DecodeAttributes(node.op(), [&](absl::string_view name) { return attrs.Find(name); });
+}
+
+absl::Status GpuStatus(GpuError error) {
+  if (!error) return absl::OkStatus();
+  const bool no_memory = absl::string_view(error) == "out of memory";  // CUDA's words
+  return absl::Status(
+      no_memory ? absl::StatusCode::kResourceExhausted : absl::StatusCode::kInternal,
+      absl::StrCat("the GPU kernel could not be launched: ", error));
 }
 
 int64_t OpCall::Elements(const Dims& dims) {
@@ -268,6 +314,38 @@ absl::Status ResolveShapes(const Op& op, const Attributes& attributes,
   return absl::OkStatus();
 }
 
+absl::Status RunOp(const Op& op, const OpCall& call) {
+  absl::Status status = op.run(call);
+  if (status.ok()) return status;
+  return absl::Status(status.code(), absl::StrCat(op.name, ": ", status.message()));
+}
+
+absl::Status RunOpOnGpu(const Op& op, const Attributes& attributes, void* stream,
+                        const OpCall::Buffer& workspace, OpCall::Buffers inputs,
+                        OpCall::Buffers outputs) {
+  struct Rest {
+    uintptr_t begin, end;
+  } rest{reinterpret_cast<uintptr_t>(workspace.bytes), 0};
+  rest.end = rest.begin + OpCall::Elements(workspace.dims);
+  Gpu gpu{stream,
+          [](void* owner, int64_t bytes) -> void* {
+            auto* rest = static_cast<Rest*>(owner);
+            uintptr_t piece =
+                (rest->begin + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+            if (piece + bytes > rest->end) return nullptr;
+            rest->begin = piece + bytes;
+            return reinterpret_cast<void*>(piece);
+          },
+          &rest};
+  return RunOp(op, OpCall(gpu, attributes, std::move(inputs), std::move(outputs)));
+}
+
+int64_t WorkspaceBytes(const Op& op, const std::vector<Dims>& inputs) {
+  int64_t bytes = op.workspace(inputs);
+  // XLA aligns its buffers to fewer bytes than a kernel may count on.
+  return bytes == 0 ? 0 : bytes + kWorkspaceAlignment - 1;
+}
+
 void RunBlocks(const std::function<void(std::function<void()>)>& schedule, int64_t helpers,
                int64_t blocks, void (*fn)(void* context, int64_t block), void* context) {
   helpers = std::min(helpers, blocks - 1);
@@ -293,12 +371,13 @@ void RunBlocks(const std::function<void(std::function<void()>)>& schedule, int64
   claims->unfinished.Wait();
 }
 
-CpuOpKernel::CpuOpKernel(tensorflow::OpKernelConstruction* context)
+FusedOpKernel::FusedOpKernel(tensorflow::OpKernelConstruction* context)
     : OpKernel(context),
       op_(FindOp(context->def().op())),
-      attributes_(DecodeAttributes(context->def())) {}
+      attributes_(DecodeAttributes(context->def())),
+      on_gpu_(context->device_type().type_string() == tensorflow::DEVICE_GPU) {}
 
-void CpuOpKernel::Compute(tensorflow::OpKernelContext* context) {
+void FusedOpKernel::Compute(tensorflow::OpKernelContext* context) {
   std::vector<Dims> shapes;
   OpCall::Buffers inputs, outputs;
   for (int i = 0; i < context->num_inputs(); ++i) {
@@ -316,18 +395,15 @@ void CpuOpKernel::Compute(tensorflow::OpKernelContext* context) {
                    context->allocate_output(i, tensorflow::TensorShape(output_shapes[i]), &tensor));
     outputs.push_back({tensor->data(), tensor->dtype(), output_shapes[i]});
   }
-  const auto* workers = context->device()->tensorflow_cpu_worker_threads();
-  struct Threads {
-    tensorflow::thread::ThreadPool* pool;
-    int helpers;
-  } threads{workers->workers, workers->num_threads - 1};
-  Cpu cpu{[](void* context, int64_t blocks, void (*fn)(void*, int64_t), void* fn_context) {
-            auto* threads = static_cast<Threads*>(context);
-            RunBlocks([&](std::function<void()> task) { threads->pool->Schedule(std::move(task)); },
-                      threads->helpers, blocks, fn, fn_context);
-          },
-          &threads};
-  OP_REQUIRES_OK(context, op_.run(OpCall(cpu, attributes_, std::move(inputs), std::move(outputs))));
+#ifdef FUSEDLOSS_CUDA
+  if (on_gpu_) {
+    OP_REQUIRES_OK(context, RunOnGpu(op_, attributes_, WorkspaceBytes(op_, shapes), context,
+                                     std::move(inputs), std::move(outputs)));
+    return;
+  }
+#endif
+  OP_REQUIRES_OK(context,
+                 RunOnCpu(op_, attributes_, context, std::move(inputs), std::move(outputs)));
 }
 
 }  // namespace fusedloss

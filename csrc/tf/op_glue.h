@@ -1,6 +1,7 @@
-// Between TensorFlow and the kernels, written once. An op is three things: its REGISTER_OP, a
-// ShapesFn that names the dimensions of its tensors, and a RunFn that hands pointers to a kernel.
-// FUSEDLOSS_OP registers the CPU kernel and the XLA lowering from them.
+// Between TensorFlow and the kernels, written once. An op is its REGISTER_OP, a ShapesFn that names
+// the dimensions of its tensors, a WorkspaceFn that bounds what it needs of a GPU's memory, and a
+// RunFn that hands pointers to a kernel. FUSEDLOSS_OP registers the CPU kernel, in a build with
+// CUDA the GPU kernel, and the XLA lowering for both from them.
 #ifndef FUSEDLOSS_TF_OP_GLUE_H_
 #define FUSEDLOSS_TF_OP_GLUE_H_
 
@@ -16,6 +17,12 @@
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace fusedloss {
+
+#ifdef FUSEDLOSS_CUDA
+inline constexpr bool kHasCuda = true;
+#else
+inline constexpr bool kHasCuda = false;
+#endif
 
 // The attributes of one node, decoded once: when its kernel is made, not when it is called.
 class Attributes {
@@ -47,7 +54,10 @@ class Attributes {
 // The sizes of a tensor's dimensions.
 using Dims = absl::InlinedVector<int64_t, 6>;
 
-// One call of an op: its tensors in memory, its attributes, its threads.
+// What a GPU kernel said, as ResourceExhausted or an InternalError.
+absl::Status GpuStatus(GpuError error);
+
+// One call of an op: its device, its attributes, its tensors in the memory of that device.
 class OpCall {
  public:
   struct Buffer {
@@ -58,13 +68,24 @@ class OpCall {
   using Buffers = absl::InlinedVector<Buffer, 8>;
 
   OpCall(const Cpu& cpu, const Attributes& attributes, Buffers inputs, Buffers outputs)
-      : cpu(cpu),
-        attributes(attributes),
-        inputs_(std::move(inputs)),
-        outputs_(std::move(outputs)) {}
+      : OpCall(&cpu, nullptr, attributes, std::move(inputs), std::move(outputs)) {}
+  OpCall(const Gpu& gpu, const Attributes& attributes, Buffers inputs, Buffers outputs)
+      : OpCall(nullptr, &gpu, attributes, std::move(inputs), std::move(outputs)) {}
 
-  const Cpu& cpu;
+  // One of the two is null.
+  const Cpu* const cpu;
+  const Gpu* const gpu;
   const Attributes& attributes;
+
+  // Calls kernel(device), an overload for Cpu or one for Gpu. check(result) makes a status of what
+  // the first returns.
+  template <typename Kernel, typename Check>
+  absl::Status Run(const Kernel& kernel, const Check& check) const {
+    if constexpr (kHasCuda) {
+      if (gpu) return GpuStatus(kernel(*gpu));
+    }
+    return check(kernel(*cpu));
+  }
 
   const Buffer& input(int i) const { return inputs_[i]; }
   template <typename T>
@@ -83,6 +104,14 @@ class OpCall {
   static int64_t Elements(const Dims& dims);
 
  private:
+  OpCall(const Cpu* cpu, const Gpu* gpu, const Attributes& attributes, Buffers inputs,
+         Buffers outputs)
+      : cpu(cpu),
+        gpu(gpu),
+        attributes(attributes),
+        inputs_(std::move(inputs)),
+        outputs_(std::move(outputs)) {}
+
   Buffers inputs_, outputs_;
 };
 
@@ -97,11 +126,15 @@ struct Shapes {
 // The number of elements of an input, −1 where unknown: forms of an op may depend on it.
 using InputElements = std::function<int64_t(int input)>;
 using ShapesFn = Shapes (*)(const Attributes&, const InputElements&);
+// The bytes that a GPU kernel may ask of Gpu::allocate in one call, every piece rounded up to a
+// multiple of 256. They are set aside before the kernel runs.
+using WorkspaceFn = int64_t (*)(const std::vector<Dims>& inputs);
 using RunFn = absl::Status (*)(const OpCall&);
 
 struct Op {
   const char* name;
   ShapesFn shapes;
+  WorkspaceFn workspace;
   RunFn run;
 };
 
@@ -116,6 +149,14 @@ absl::Status InferShapes(const char* op, tensorflow::shape_inference::InferenceC
 absl::Status ResolveShapes(const Op& op, const Attributes& attributes,
                            const std::vector<Dims>& inputs, std::vector<Dims>* outputs);
 
+// Runs an op; errors name it.
+absl::Status RunOp(const Op& op, const OpCall& call);
+// The same on a GPU whose stream is `stream`. `workspace` is device memory of WorkspaceBytes().
+absl::Status RunOpOnGpu(const Op& op, const Attributes& attributes, void* stream,
+                        const OpCall::Buffer& workspace, OpCall::Buffers inputs,
+                        OpCall::Buffers outputs);
+int64_t WorkspaceBytes(const Op& op, const std::vector<Dims>& inputs);
+
 // Runs the blocks on the caller and on up to `helpers` tasks given to schedule(task). All claim
 // blocks from one counter, and the caller waits only for blocks that somebody has claimed: a task
 // that the pool never gets to run holds nobody up. Waiting for scheduled tasks instead deadlocks as
@@ -128,23 +169,37 @@ using FindAttr = std::function<const tensorflow::AttrValue*(absl::string_view na
 Attributes DecodeAttributes(const std::string& op, const FindAttr& find);
 Attributes DecodeAttributes(const tensorflow::NodeDef& node);
 
-class CpuOpKernel : public tensorflow::OpKernel {
+// The kernel of every op outside XLA. The same bits for any number of threads and every run on one
+// model of GPU: op determinism asks for nothing more.
+class FusedOpKernel : public tensorflow::OpKernel {
  public:
-  explicit CpuOpKernel(tensorflow::OpKernelConstruction* context);
+  explicit FusedOpKernel(tensorflow::OpKernelConstruction* context);
   void Compute(tensorflow::OpKernelContext* context) override;
 
  private:
   const Op& op_;
   const Attributes attributes_;
+  const bool on_gpu_;
 };
 
 }  // namespace fusedloss
 
-#define FUSEDLOSS_OP(name, shapes, run) FUSEDLOSS_OP_AT(name, shapes, run, __COUNTER__)
-#define FUSEDLOSS_OP_AT(name, shapes, run, at) FUSEDLOSS_OP_UNIQUE(name, shapes, run, at)
-#define FUSEDLOSS_OP_UNIQUE(name, shapes, run, at)                                \
-  static const bool kRegistered##at =                                             \
-      ::fusedloss::RegisterXlaCall(::fusedloss::RegisterOp({name, shapes, run})); \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(::tensorflow::DEVICE_CPU), ::fusedloss::CpuOpKernel)
+#ifdef FUSEDLOSS_CUDA
+#define FUSEDLOSS_GPU_KERNEL(name) \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(::tensorflow::DEVICE_GPU), ::fusedloss::FusedOpKernel)
+#else
+#define FUSEDLOSS_GPU_KERNEL(name) static_assert(true)
+#endif
+
+#define FUSEDLOSS_OP(name, shapes, workspace, run) \
+  FUSEDLOSS_OP_AT(name, shapes, workspace, run, __COUNTER__)
+#define FUSEDLOSS_OP_AT(name, shapes, workspace, run, at) \
+  FUSEDLOSS_OP_UNIQUE(name, shapes, workspace, run, at)
+#define FUSEDLOSS_OP_UNIQUE(name, shapes, workspace, run, at)                                \
+  static const bool kRegistered##at =                                                        \
+      ::fusedloss::RegisterXlaCall(::fusedloss::RegisterOp({name, shapes, workspace, run})); \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(::tensorflow::DEVICE_CPU),                       \
+                          ::fusedloss::FusedOpKernel);                                       \
+  FUSEDLOSS_GPU_KERNEL(name)
 
 #endif  // FUSEDLOSS_TF_OP_GLUE_H_

@@ -50,6 +50,35 @@ Shapes ReducedShapes(const Attributes& attributes, const InputElements&) {
   return {shapes, {"", "... classes"}};
 }
 
+template <const Places& at>
+int64_t Workspace(const std::vector<Dims>& inputs) {
+  return SoftmaxXentWorkspace(/*rows=*/0, inputs[at.predictions].back());
+}
+
+int64_t ReducedWorkspace(const std::vector<Dims>& inputs) {
+  const Dims& predictions = inputs[kReduced.predictions];
+  const int64_t rows = OpCall::Elements(Dims(predictions.begin(), predictions.end() - 1));
+  return SoftmaxXentWorkspace(rows, predictions.back());
+}
+
+template <typename T>
+absl::Status CheckSubset(const SoftmaxXentArgs<T>& args) {
+  for (int64_t k = 0; k < args.subset_size; ++k) {
+    int64_t id = args.subset[k];
+    if (id < 0 || id >= args.classes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`subset` names class ", id, ", but there are ", args.classes,
+                       " classes: ids lie in [0, ", args.classes, ")"));
+    }
+    if (k > 0 && id <= args.subset[k - 1]) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("`subset` must be in ascending order without repetition; got ",
+                       args.subset[k - 1], " before ", id));
+    }
+  }
+  return absl::OkStatus();
+}
+
 template <typename T>
 absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* args) {
   using A = Accumulator<T>;
@@ -89,30 +118,20 @@ absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* 
                    attributes.Bool("has_ignore_class"),  attributes.Int("ignore_class"),
                    attributes.Number("subset_weight"),   attributes.Number("full_weight"),
                    attributes.Number("label_smoothing"), attributes.Number("epsilon")};
-  for (int64_t k = 0; k < args->subset_size; ++k) {
-    int64_t id = args->subset[k];
-    if (id < 0 || id >= args->classes) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("`subset` names class ", id, ", but there are ", args->classes,
-                       " classes: ids lie in [0, ", args->classes, ")"));
-    }
-    if (k > 0 && id <= args->subset[k - 1]) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("`subset` must be in ascending order without repetition; got ",
-                       args->subset[k - 1], " before ", id));
-    }
-  }
-  return absl::OkStatus();
+  // The host cannot read a GPU's memory: there the kernels answer a bad subset with NaN.
+  return call.cpu ? CheckSubset(*args) : absl::OkStatus();
 }
 
 template <typename T>
-absl::Status CheckLabels(const SoftmaxXentArgs<T>& args, int64_t bad_row) {
-  if (bad_row < 0) return absl::OkStatus();
-  int64_t label = args.labels32 ? args.labels32[bad_row] : args.labels64[bad_row];
-  return absl::InvalidArgumentError(
-      absl::StrCat("`labels` holds ", label, " at position ", bad_row,
-                   " (of the flattened labels), outside [0, ", args.classes, ") for ", args.classes,
-                   " classes. Rows to leave out can be marked by `ignore_class`."));
+auto LabelCheck(const SoftmaxXentArgs<T>& args) {
+  return [&args](int64_t bad_row) -> absl::Status {
+    if (bad_row < 0) return absl::OkStatus();
+    int64_t label = args.labels32 ? args.labels32[bad_row] : args.labels64[bad_row];
+    return absl::InvalidArgumentError(
+        absl::StrCat("`labels` holds ", label, " at position ", bad_row,
+                     " (of the flattened labels), outside [0, ", args.classes, ") for ",
+                     args.classes, " classes. Rows to leave out can be marked by `ignore_class`."));
+  };
 }
 
 template <typename T>
@@ -120,7 +139,11 @@ absl::Status Forward(const OpCall& call) {
   SoftmaxXentArgs<T> args;
   TF_RETURN_IF_ERROR(ReadArgs(call, kForward, &args));
   using A = Accumulator<T>;
-  return CheckLabels(args, SoftmaxXent<T>(call.cpu, args, call.Output<A>(0), call.Output<A>(1)));
+  return call.Run(
+      [&](const auto& device) {
+        return SoftmaxXent<T>(device, args, call.Output<A>(0), call.Output<A>(1));
+      },
+      LabelCheck(args));
 }
 
 template <typename T>
@@ -128,8 +151,12 @@ absl::Status Grad(const OpCall& call) {
   SoftmaxXentArgs<T> args;
   TF_RETURN_IF_ERROR(ReadArgs(call, kGrad, &args));
   using A = Accumulator<T>;
-  return CheckLabels(args, SoftmaxXentGrad<T>(call.cpu, args, call.Input<A>(0), call.Input<A>(5),
-                                              call.Output<T>(0)));
+  return call.Run(
+      [&](const auto& device) {
+        return SoftmaxXentGrad<T>(device, args, call.Input<A>(0), call.Input<A>(5),
+                                  call.Output<T>(0));
+      },
+      LabelCheck(args));
 }
 
 template <typename T>
@@ -141,9 +168,12 @@ absl::Status Reduced(const OpCall& call) {
   if (call.attributes.String("reduction") == "mean") {
     divisor = static_cast<double>(args.rows) * call.attributes.Int("replicas");
   }
-  return CheckLabels(args,
-                     SoftmaxXentReduced<T>(call.cpu, args, call.InputOrNull<A>(4), 1 / divisor,
-                                           call.Output<A>(0), call.Output<T>(1)));
+  return call.Run(
+      [&](const auto& device) {
+        return SoftmaxXentReduced<T>(device, args, call.InputOrNull<A>(4), 1 / divisor,
+                                     call.Output<A>(0), call.Output<T>(1));
+      },
+      LabelCheck(args));
 }
 
 // Calls Function<T> for the dtype of input `place`.
@@ -184,7 +214,7 @@ REGISTER_OP("Fusedloss>SoftmaxXent")
     .Output("loss: A")
     .Output("stats: A")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXent", c); });
-FUSEDLOSS_OP("Fusedloss>SoftmaxXent", ForwardShapes,
+FUSEDLOSS_OP("Fusedloss>SoftmaxXent", ForwardShapes, Workspace<kForward>,
              FUSEDLOSS_FOR_DTYPE(Forward, kForward.predictions));
 
 REGISTER_OP("Fusedloss>SoftmaxXentGrad")
@@ -196,7 +226,8 @@ REGISTER_OP("Fusedloss>SoftmaxXentGrad")
     .Input("stats: A")
     .Output("dpredictions: T")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentGrad", c); });
-FUSEDLOSS_OP("Fusedloss>SoftmaxXentGrad", GradShapes, FUSEDLOSS_FOR_DTYPE(Grad, kGrad.predictions));
+FUSEDLOSS_OP("Fusedloss>SoftmaxXentGrad", GradShapes, Workspace<kGrad>,
+             FUSEDLOSS_FOR_DTYPE(Grad, kGrad.predictions));
 
 REGISTER_OP("Fusedloss>SoftmaxXentReduced")
     .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("reduction: {'sum', 'mean'}")
@@ -209,7 +240,7 @@ REGISTER_OP("Fusedloss>SoftmaxXentReduced")
     .Output("loss: A")
     .Output("gradient: T")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentReduced", c); });
-FUSEDLOSS_OP("Fusedloss>SoftmaxXentReduced", ReducedShapes,
+FUSEDLOSS_OP("Fusedloss>SoftmaxXentReduced", ReducedShapes, ReducedWorkspace,
              FUSEDLOSS_FOR_DTYPE(Reduced, kReduced.predictions));
 
 }  // namespace fusedloss

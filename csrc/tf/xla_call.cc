@@ -76,24 +76,37 @@ OpCall::Buffer BufferOf(const ffi::AnyBuffer& buffer) {
           Dims(buffer.dimensions().begin(), buffer.dimensions().end())};
 }
 
+OpCall::Buffers BuffersOf(const ffi::RemainingArgs& args) {
+  OpCall::Buffers buffers;
+  for (size_t i = 0; i < args.size(); ++i) {
+    buffers.push_back(BufferOf(*args.get<ffi::AnyBuffer>(i)));
+  }
+  return buffers;
+}
+
+OpCall::Buffers BuffersOf(const ffi::RemainingRets& rets) {
+  OpCall::Buffers buffers;
+  for (size_t i = 0; i < rets.size(); ++i) {
+    buffers.push_back(BufferOf(**rets.get<ffi::AnyBuffer>(i)));
+  }
+  return buffers;
+}
+
+ffi::Error ErrorOf(const absl::Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()), std::string(status.message()));
+}
+
 ffi::Error RunOnHost(ffi::ThreadPool threads, CallState* state, ffi::RemainingArgs args,
                      ffi::RemainingRets rets) {
-  OpCall::Buffers inputs, outputs;
-  for (size_t i = 0; i < args.size(); ++i) inputs.push_back(BufferOf(*args.get<ffi::AnyBuffer>(i)));
-  for (size_t i = 0; i < rets.size(); ++i) {
-    outputs.push_back(BufferOf(**rets.get<ffi::AnyBuffer>(i)));
-  }
   Cpu cpu{[](void* context, int64_t blocks, void (*fn)(void*, int64_t), void* fn_context) {
             auto* threads = static_cast<ffi::ThreadPool*>(context);
             RunBlocks([&](std::function<void()> task) { threads->Schedule(std::move(task)); },
                       threads->num_threads() - 1, blocks, fn, fn_context);
           },
           &threads};
-  absl::Status status =
-      state->op.run(OpCall(cpu, state->attributes, std::move(inputs), std::move(outputs)));
-  if (status.ok()) return ffi::Error::Success();
-  return ffi::Error(static_cast<ffi::ErrorCode>(status.code()),
-                    absl::StrCat(state->op.name, ": ", status.message()));
+  return ErrorOf(
+      RunOp(state->op, OpCall(cpu, state->attributes, BuffersOf(args), BuffersOf(rets))));
 }
 
 XLA_FFI_DEFINE_HANDLER(kRunOnHost, RunOnHost,
@@ -104,6 +117,29 @@ XLA_FFI_DEFINE_HANDLER(kRunOnHost, RunOnHost,
                            .RemainingRets());
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "Host",
                          XLA_FFI_Handler_Bundle{kInstantiate, nullptr, nullptr, kRunOnHost});
+
+#ifdef FUSEDLOSS_CUDA
+// The last result is the workspace. A scratch allocator would take its memory back when this
+// returns, while a CUDA graph that recorded the call goes on using it.
+ffi::Error RunOnCuda(void* stream, CallState* state, ffi::RemainingArgs args,
+                     ffi::RemainingRets rets) {
+  OpCall::Buffers outputs = BuffersOf(rets);
+  const OpCall::Buffer workspace = outputs.back();
+  outputs.pop_back();
+  return ErrorOf(RunOpOnGpu(state->op, state->attributes, stream, workspace, BuffersOf(args),
+                            std::move(outputs)));
+}
+
+XLA_FFI_DEFINE_HANDLER(kRunOnCuda, RunOnCuda,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<void*>>()
+                           .Ctx<ffi::State<CallState>>()
+                           .RemainingArgs()
+                           .RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "CUDA",
+                         XLA_FFI_Handler_Bundle{kInstantiate, nullptr, nullptr, kRunOnCuda});
+#endif
 
 // The attributes of a node as an MLIR dictionary.
 std::string CallConfig(const tensorflow::NodeDef& node) {
@@ -133,7 +169,9 @@ std::string CallConfig(const tensorflow::NodeDef& node) {
 class CallKernel : public tensorflow::XlaOpKernel {
  public:
   explicit CallKernel(tensorflow::OpKernelConstruction* context)
-      : XlaOpKernel(context), op_(FindOp(context->def().op())) {}
+      : XlaOpKernel(context),
+        op_(FindOp(context->def().op())),
+        on_gpu_(context->device_type().type_string() == tensorflow::DEVICE_GPU_XLA_JIT) {}
 
   void Compile(tensorflow::XlaOpKernelContext* context) override {
     std::vector<Dims> inputs, outputs;
@@ -150,6 +188,9 @@ class CallKernel : public tensorflow::XlaOpKernel {
     for (size_t i = 0; i < outputs.size(); ++i) {
       result_shapes.push_back(RowMajor(context, context->expected_output_dtype(i), outputs[i]));
     }
+    if (on_gpu_) {
+      result_shapes.push_back(xla::ShapeUtil::MakeShape(xla::U8, {WorkspaceBytes(op_, inputs)}));
+    }
     if (!context->status().ok()) return;
     xla::Shape result = result_shapes.size() == 1 ? result_shapes[0]
                                                   : xla::ShapeUtil::MakeTupleShape(result_shapes);
@@ -158,7 +199,7 @@ class CallKernel : public tensorflow::XlaOpKernel {
         /*has_side_effect=*/false, {}, nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (size_t i = 0; i < outputs.size(); ++i) {
-      context->SetOutput(i, outputs.size() == 1 ? call : xla::GetTupleElement(call, i));
+      context->SetOutput(i, result_shapes.size() == 1 ? call : xla::GetTupleElement(call, i));
     }
   }
 
@@ -171,6 +212,7 @@ class CallKernel : public tensorflow::XlaOpKernel {
   }
 
   const Op& op_;
+  const bool on_gpu_;
 };
 
 }  // namespace

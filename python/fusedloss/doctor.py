@@ -1,5 +1,6 @@
 """`fusedloss doctor`: what is installed, what runs, and what to do about what does not."""
 
+import itertools
 import os
 import platform
 from importlib import metadata
@@ -44,6 +45,30 @@ def _xla_complaint() -> str:
     return ""
 
 
+def gpu_findings(built) -> list[tuple[str, str, str]]:
+    """Rows of `findings` on the GPUs and what they need; `built` is None without a library."""
+    gpus, driver = _lib.gpus(), _lib.driver_cuda()
+    complaints = []
+    if built and gpus:
+        complaints = [_lib.library_complaint(built)]
+        if built["cuda_architectures"]:
+            complaints += [_lib.driver_complaint(built, driver)]
+            complaints += [_lib.gpu_complaint(built, driver, *gpu) for gpu in gpus]
+    remedies = [complaint.remedy if complaint else "" for complaint in complaints]
+    rows = []
+    if built:
+        architectures = ", ".join(built["cuda_architectures"])
+        state = f"{architectures} (CUDA {built['cuda_version']})" if architectures else "none"
+        rows.append(("CUDA architectures in the library", state))
+    rows.append(("NVIDIA driver", "for CUDA {}.{}".format(*driver) if driver else "none"))
+    for name, capability in gpus:
+        state = "no CUDA" if capability is None else "compute capability {}.{}".format(*capability)
+        rows.append((f"GPU visible: {name}", state))
+    if not gpus:
+        rows.append(("GPUs visible", "none"))
+    return [(*row, remedy) for row, remedy in itertools.zip_longest(rows, remedies, fillvalue="")]
+
+
 def findings() -> list[tuple[str, str, str]]:
     """(what, its state, what to do); the last is "" where nothing is wrong."""
     rows = []
@@ -75,14 +100,13 @@ def findings() -> list[tuple[str, str, str]]:
         if reason
         else "",
     )
-    architectures = []
+    built = None
     try:
         from fusedloss import _core
     except ImportError as error:
         add("compiled module", error, REBUILD)
     else:
         built = _core.build_info()
-        architectures = built["cuda_architectures"]
         same = built["tensorflow"].split(".")[:2] == tf.__version__.split(".")[:2]
         remedy = f"install tensorflow=={built['tensorflow']}, or {REBUILD}"
         add("built against TensorFlow", built["tensorflow"], "" if same else remedy)
@@ -98,15 +122,7 @@ def findings() -> list[tuple[str, str, str]]:
             _core.cpu_level() + (f" (FUSEDLOSS_CPU={forced})" if forced else ""),
             f"{refused}; unset FUSEDLOSS_CPU" if refused else "",
         )
-        add("CUDA architectures in the library", ", ".join(map(str, architectures)) or "none")
-    gpus = tf.config.list_physical_devices("GPU")
-    add(
-        "GPUs visible",
-        ", ".join(gpu.name for gpu in gpus) or "none",
-        "rebuild with a CUDA compiler on the path, or hide the GPU: CUDA_VISIBLE_DEVICES=-1"
-        if gpus and not architectures
-        else "",
-    )
+    rows += gpu_findings(built)
     complaint = _xla_complaint()
     add(
         "XLA",

@@ -1,0 +1,139 @@
+"""Times XLA-compiled Keras, in a process of its own: torch and TensorFlow bring a CUDA each.
+
+Reads the cases of speed.py as JSON and prints {"ms": {case: ms}, "notes": [...]}. One compiled
+function holds the steps of a whole lap, so that they share what a call costs on the host.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import truth
+
+WARM_UP_LAPS, LAPS = 2, 10
+SUBSET_WEIGHT, FULL_WEIGHT = 0.8, 0.2
+CHECKED_ROWS = 4
+
+
+def mean_losses(case, ids):
+    """The mean loss as users write it: {name: fn(targets, predictions)}."""
+    if case["kind"] == "labels":
+        return {"": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
+    mask = np.isin(np.arange(case["classes"]), ids)
+
+    def from_logits(y, z, counted=None):
+        # Keras's gradient supposes targets that sum to 1, which those of a subset do not.
+        y, z = tf.cast(y, tf.float32), tf.cast(z, tf.float32)
+        over = z if counted is None else tf.where(counted, z, -np.inf)
+        y = y if counted is None else tf.where(counted, y, 0)
+        nats = tf.reduce_logsumexp(over, axis=-1, keepdims=True) - z
+        return tf.reduce_mean(tf.reduce_sum(y * nats, axis=-1))
+
+    entropy = keras.losses.CategoricalCrossentropy()
+
+    def from_probabilities(y, p, counted=None):
+        if counted is not None:
+            y, p = y * tf.cast(counted, y.dtype), p * tf.cast(counted, p.dtype)
+        return entropy(y, p)
+
+    loss = from_logits if case["kind"] == "mixture of logits" else from_probabilities
+
+    def gathered(y, x):
+        part = loss(tf.gather(y, ids, axis=-1), tf.gather(x, ids, axis=-1))
+        return SUBSET_WEIGHT * part + FULL_WEIGHT * loss(y, x)
+
+    def masked(y, x):
+        return SUBSET_WEIGHT * loss(y, x, mask) + FULL_WEIGHT * loss(y, x)
+
+    return {"gather": gathered, "mask": masked}
+
+
+def sample(case):
+    shape = (case["rows"], case["classes"])
+    x = tf.random.normal(shape)
+    if case["kind"] == "mixture of probabilities":
+        x = tf.nn.softmax(x)
+    if case["kind"] == "labels":
+        targets = tf.random.uniform(shape[:1], maxval=shape[1], dtype=tf.int64)
+    else:
+        targets = tf.random.uniform(shape)
+        targets /= tf.reduce_sum(targets, axis=-1, keepdims=True)
+    return targets, tf.cast(x, case["dtype"])
+
+
+def lap_of(loss):
+    @tf.function(jit_compile=True)
+    def lap(batches):
+        values, gradients = [], []
+        for targets, x in batches:
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                values.append(loss(targets, x))
+            gradients.append(tape.gradient(values[-1], x))
+        return values, gradients
+
+    return lap
+
+
+def gradient_error(case, ids, batch, gradient):
+    """Relative error of the first rows, in the sum of absolute values."""
+    targets, x = (part[:CHECKED_ROWS] for part in batch)
+    form = {}
+    if case["kind"] != "labels":
+        form = {"subset": ids, "subset_weight": SUBSET_WEIGHT, "full_weight": FULL_WEIGHT}
+        form["from_logits"] = case["kind"] == "mixture of logits"
+    x = tf.cast(x, tf.float64).numpy()
+    right = truth.softmax_xent(x, targets.numpy(), **form)[1] / case["rows"]
+    found = tf.cast(gradient[:CHECKED_ROWS], tf.float64).numpy()
+    return float(np.abs(found - right).sum() / np.abs(right).sum())
+
+
+def measure(case):
+    """The least milliseconds of a step among the ways to write it, and notes."""
+    classes = case["classes"]
+    ids = np.sort(np.random.default_rng().permutation(classes)[: max(1, classes // 5)])
+    batches = [sample(case) for _ in range(case["batches"])]
+    found, notes = [], []
+    for name, loss in mean_losses(case, ids).items():
+        lap, times_ms = lap_of(loss), []
+        for _ in range(WARM_UP_LAPS + LAPS):
+            start = time.perf_counter()
+            values, gradients = lap(batches)
+            values[-1].numpy()  # waits
+            times_ms.append((time.perf_counter() - start) * 1e3 / len(batches))
+        error = gradient_error(case, ids, batches[0], gradients[0])
+        if error <= case["tolerance"]:
+            found.append(statistics.median(times_ms[WARM_UP_LAPS:]))
+        else:
+            notes.append(f"{case['name']}: XLA {name} differs by {error:.3g} and does not count")
+    return min(found, default=None), notes
+
+
+def main():
+    device = sys.argv[1]
+    if not tf.config.list_logical_devices(device.strip("/").split(":")[0]):
+        sys.exit("TensorFlow sees no GPU")
+    times_ms, notes = {}, ["XLA: by the clock of the host"]
+    for case in json.load(sys.stdin):
+        try:
+            with tf.device(device):
+                ms, said = measure(case)
+        except tf.errors.OpError as error:
+            words = str(error).partition("\n")[0]
+            ms, said = None, [f"{case['name']}: XLA failed: {words}"]
+        notes += said
+        if ms is not None:
+            times_ms[case["name"]] = ms
+    print(json.dumps({"ms": times_ms, "notes": notes}))
+
+
+if __name__ == "__main__":
+    main()

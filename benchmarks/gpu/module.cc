@@ -1,0 +1,248 @@
+// fusedloss_gpu: the CUDA kernels on device arrays of any framework, without TensorFlow.
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels/device.h"
+#include "kernels/softmax_xent.h"
+
+namespace py = pybind11;
+
+namespace fusedloss {
+namespace {
+
+using Shape = std::vector<int64_t>;
+using TypeStrings = std::vector<std::string>;  // as NumPy spells them
+
+// Those of elements of type T. NumPy has no bfloat16: its bits come as 16-bit integers.
+template <typename T>
+TypeStrings TypesOf() {
+  if constexpr (std::is_same_v<T, float>) return {"<f4"};
+  if constexpr (std::is_same_v<T, double>) return {"<f8"};
+  if constexpr (std::is_same_v<T, Half>) return {"<f2"};
+  if constexpr (std::is_same_v<T, BFloat16>) return {"<i2", "<u2"};
+}
+
+// A C-contiguous array with __cuda_array_interface__, which the caller keeps alive.
+struct DeviceArray {
+  DeviceArray(const py::object& array, const char* name) : name(name) {
+    py::dict interface = array.attr("__cuda_array_interface__");
+    type = interface["typestr"].cast<std::string>();
+    shape = interface["shape"].cast<Shape>();
+    auto address = interface["data"].cast<std::pair<uintptr_t, bool>>().first;
+    pointer = reinterpret_cast<void*>(address);
+    int64_t stride = std::stoi(type.substr(2));
+    if (!interface.contains("strides") || interface["strides"].is_none()) return;
+    Shape strides = interface["strides"].cast<Shape>();
+    for (size_t axis = shape.size(); axis-- > 0; stride *= shape[axis]) {
+      if (shape[axis] > 1 && strides[axis] != stride) Refuse("is not C-contiguous");
+    }
+  }
+
+  [[noreturn]] void Refuse(const std::string& why) const {
+    throw py::value_error(std::string(name) + " " + why);
+  }
+  bool Is(const TypeStrings& types) const {
+    for (const std::string& known : types) {
+      if (type == known) return true;
+    }
+    return false;
+  }
+  template <typename T>
+  T* As(const TypeStrings& types, const Shape& expected) const {
+    if (!Is(types)) Refuse("has elements of type " + type + ", not " + types[0]);
+    if (shape != expected) Refuse("has the wrong shape");
+    return static_cast<T*>(pointer);
+  }
+
+  const char* name;
+  std::string type;
+  Shape shape;
+  void* pointer;
+};
+
+template <typename T>
+T* Read(const py::object& array, const char* name, const Shape& expected) {
+  return DeviceArray(array, name).As<T>(TypesOf<std::remove_const_t<T>>(), expected);
+}
+
+// The arguments that all three passes share; `form` holds class_weight, subset and the options.
+template <typename T>
+SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& targets,
+                            const py::kwargs& form) {
+  using A = Accumulator<T>;
+  SoftmaxXentArgs<T> args{};
+  DeviceArray scores(predictions, "predictions");
+  if (scores.shape.size() != 2) scores.Refuse("must be [rows, classes]");
+  args.rows = scores.shape[0];
+  args.classes = scores.shape[1];
+  args.predictions = scores.As<const T>(TypesOf<T>(), scores.shape);
+  DeviceArray wanted(targets, "targets");
+  if (wanted.Is({"<i4"})) {
+    args.labels32 = wanted.As<const int32_t>({"<i4"}, {args.rows});
+  } else if (wanted.Is({"<i8"})) {
+    args.labels64 = wanted.As<const int64_t>({"<i8"}, {args.rows});
+  } else {
+    args.targets = wanted.As<const A>(TypesOf<A>(), scores.shape);
+  }
+  for (std::pair<py::handle, py::handle> item : form) {
+    std::string name = item.first.cast<std::string>();
+    py::object given = py::reinterpret_borrow<py::object>(item.second);
+    SoftmaxXentOptions& options = args.options;
+    if (given.is_none()) {
+      continue;
+    } else if (name == "class_weight") {
+      args.class_weight = Read<const A>(given, "class_weight", {args.classes});
+    } else if (name == "subset") {
+      DeviceArray ids(given, "subset");
+      args.subset_size = ids.shape.at(0);
+      args.subset = ids.As<const int64_t>({"<i8"}, {args.subset_size});
+    } else if (name == "ignore_class") {
+      options.has_ignore_class = true;
+      options.ignore_class = given.cast<int64_t>();
+    } else if (name == "from_logits") {
+      options.from_logits = given.cast<bool>();
+    } else if (name == "normalize_full") {
+      options.normalize_full = given.cast<bool>();
+    } else if (name == "subset_weight") {
+      options.subset_weight = given.cast<double>();
+    } else if (name == "full_weight") {
+      options.full_weight = given.cast<double>();
+    } else if (name == "label_smoothing") {
+      options.label_smoothing = given.cast<double>();
+    } else {
+      throw py::type_error("unknown argument " + name);
+    }
+  }
+  return args;
+}
+
+// By default every wait returns the freed workspace to the driver, and the next call waits for it.
+bool KeepWorkspace() {
+  int device;
+  cudaMemPool_t pool;
+  uint64_t bytes = UINT64_MAX;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetDefaultMemPool(&pool, device) == cudaSuccess) {
+    cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &bytes);
+  }
+  return cudaGetLastError() == cudaSuccess;
+}
+
+// Workspace in the order of the stream: given back as soon as what has been enqueued is done.
+class Workspace {
+ public:
+  explicit Workspace(uintptr_t stream)
+      : stream_(reinterpret_cast<cudaStream_t>(stream)),
+        gpu_{stream_,
+             [](void* self, int64_t bytes) {
+               return static_cast<Workspace*>(self)->Allocate(bytes);
+             },
+             this} {}
+  Workspace(const Workspace&) = delete;
+  ~Workspace() {
+    for (void* block : blocks_) cudaFreeAsync(block, stream_);
+  }
+  const Gpu& gpu() const { return gpu_; }
+
+ private:
+  void* Allocate(int64_t bytes) {
+    [[maybe_unused]] static const bool kept = KeepWorkspace();
+    void* block = nullptr;
+    if (cudaMallocAsync(&block, bytes, stream_) != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    blocks_.push_back(block);
+    return block;
+  }
+
+  cudaStream_t stream_;
+  Gpu gpu_;
+  std::vector<void*> blocks_;
+};
+
+void Check(GpuError error) {
+  if (error) throw std::runtime_error(error);
+}
+
+// Calls fn with a T of that name.
+template <typename Fn>
+auto WithType(const std::string& dtype, Fn&& fn) {
+  if (dtype == "float32") return fn(float{});
+  if (dtype == "float64") return fn(double{});
+  if (dtype == "float16") return fn(Half{});
+  if (dtype == "bfloat16") return fn(BFloat16{});
+  throw py::value_error("unknown dtype " + dtype);
+}
+
+int Stats(const std::string& dtype, const py::object& predictions, const py::object& targets,
+          const py::kwargs& form) {
+  return WithType(dtype, [&](auto element) {
+    return SoftmaxXentStats(ReadArgs<decltype(element)>(predictions, targets, form));
+  });
+}
+
+void Forward(const std::string& dtype, const py::object& predictions, const py::object& targets,
+             const py::object& loss, const py::object& stats, uintptr_t stream,
+             const py::kwargs& form) {
+  WithType(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    auto args = ReadArgs<T>(predictions, targets, form);
+    Workspace workspace(stream);
+    Check(SoftmaxXent<T>(workspace.gpu(), args, Read<A>(loss, "loss", {args.rows}),
+                         Read<A>(stats, "stats", {args.rows, SoftmaxXentStats(args)})));
+  });
+}
+
+void Grad(const std::string& dtype, const py::object& predictions, const py::object& targets,
+          const py::object& dloss, const py::object& stats, const py::object& dpredictions,
+          uintptr_t stream, const py::kwargs& form) {
+  WithType(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    auto args = ReadArgs<T>(predictions, targets, form);
+    Workspace workspace(stream);
+    Check(SoftmaxXentGrad<T>(workspace.gpu(), args, Read<const A>(dloss, "dloss", {args.rows}),
+                             Read<const A>(stats, "stats", {args.rows, SoftmaxXentStats(args)}),
+                             Read<T>(dpredictions, "dpredictions", {args.rows, args.classes})));
+  });
+}
+
+void Reduced(const std::string& dtype, const py::object& predictions, const py::object& targets,
+             const py::object& row_weight, double scale, const py::object& loss,
+             const py::object& gradient, uintptr_t stream, const py::kwargs& form) {
+  WithType(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    auto args = ReadArgs<T>(predictions, targets, form);
+    const A* weight =
+        row_weight.is_none() ? nullptr : Read<const A>(row_weight, "row_weight", {args.rows});
+    Workspace workspace(stream);
+    Check(SoftmaxXentReduced<T>(workspace.gpu(), args, weight, scale, Read<A>(loss, "loss", {1}),
+                                Read<T>(gradient, "gradient", {args.rows, args.classes})));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(fusedloss_gpu, m) {
+  m.doc() =
+      "The CUDA kernels on device arrays. `dtype` is the word for that of the predictions, whose "
+      "bfloat16 comes as 16-bit integers; `stream` is a cudaStream_t as an integer; the other "
+      "keywords are those of SoftmaxXentOptions, class_weight and subset. RuntimeError holds the "
+      "words of CUDA.";
+  m.def("softmax_xent_stats", &Stats, "Numbers a row in `stats`.");
+  m.def("softmax_xent", &Forward, "Writes loss and stats.");
+  m.def("softmax_xent_grad", &Grad, "Writes dpredictions.");
+  m.def("softmax_xent_reduced", &Reduced, "Writes loss and gradient.");
+}
+
+}  // namespace fusedloss
