@@ -4,7 +4,6 @@
 #define FUSEDLOSS_KERNELS_HALF_H_
 
 #include <cstdint>
-#include <type_traits>
 
 namespace fusedloss {
 
@@ -16,9 +15,18 @@ struct BFloat16 {  // the upper half of a float
   uint16_t bits;
 };
 
-// What sums over a T are held in: float64 for float64, float32 for all else.
+// What sums over a T are held in: float64 for float64, float32 for all else. A struct, since
+// compilers differ in how they name a function whose type holds an expression.
 template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::Type;
 
 }  // namespace fusedloss
 

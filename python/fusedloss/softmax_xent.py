@@ -171,8 +171,8 @@ def sparse_softmax_xent(
     Raises:
       TypeError: logits of another type.
       ValueError: an argument out of range; shapes that disagree or have no known rank.
-      InvalidArgumentError: a label outside `[0, classes)`; shapes that disagree, as found when the
-        op runs.
+      InvalidArgumentError: a label outside `[0, classes)`, where a GPU gives NaN as loss and
+        gradient of the row instead; shapes that disagree, as found when the op runs.
     """
     formula = Formula.parse(
         from_logits=from_logits,
