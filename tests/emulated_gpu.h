@@ -88,6 +88,8 @@ inline void SyncCluster() {
   WaitFor(cluster_now->barrier, threads);
 }
 
+inline void LeaveCluster() { SyncCluster(); }
+
 template <typename A>
 A Swap(uint32_t among, A value, int lanes) {
   EmulatedBlock& block = *fiber_now->block;

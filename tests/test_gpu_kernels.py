@@ -70,6 +70,8 @@ def emulator(tmp_path_factory):
     assert compiler, "the package is built with g++"
     subprocess.run(
         [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DFUSEDLOSS_EMULATED_GPU",
+         "-fsanitize=alignment,bounds,signed-integer-overflow",
+         "-fsanitize-undefined-trap-on-error",
          f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-x", "c++", *sources, "-o", library],
         check=True,
     )  # fmt: skip
@@ -255,16 +257,61 @@ def test_a_label_out_of_range_is_nan_and_an_ignored_one_0(on_hopper, classes, ri
     assert np.isnan(total)
 
 
-@pytest.mark.parametrize("subset", [[3, 3], [5, 2], [0, 64], [-1, 4]])
-@pytest.mark.parametrize("size", [8, 64])
-def test_a_subset_that_is_no_subset_is_nan(on_hopper, subset, size):
+@pytest.mark.parametrize("subset", [[3, 3], [5, 2], [0, 5000], [-1, 4], [0, 2**40]])
+@pytest.mark.parametrize("full_weight", [0.0, 0.2])  # gathered, and not
+def test_a_subset_that_is_no_subset_is_nan(on_hopper, subset, full_weight):
     rng = np.random.default_rng(2)
-    logits, labels = logits_and_labels(rng, (3, 64))
-    kernels = Kernels(on_hopper, logits, labels, subset=np.arange(2), full_weight=size / 64)
+    logits, labels = logits_and_labels(rng, (3, 5000))
+    labels[1] = -1
+    options = {"full_weight": full_weight, "ignore_class": -1}
+    kernels = Kernels(on_hopper, logits, labels, subset=np.arange(2), **options)
     wrong = np.array(subset, np.int64)
     kernels._arguments.subset = kernels._place(wrong)
-    loss, _ = kernels.general(np.ones(3, np.float32))
-    assert np.isnan(loss).all()
+    loss, gradient = kernels.general(np.ones(3, np.float32))
+    assert np.isnan(loss[[0, 2]]).all() and np.isnan(gradient[[0, 2]]).all()
+    assert loss[1] == 0 and (gradient[1] == 0).all()
+
+
+def test_a_bad_label_is_nan_in_all_classes_of_a_gathered_row(on_hopper):
+    rng = np.random.default_rng(5)
+    logits, labels = logits_and_labels(rng, (4, 3000))
+    labels[:] = [7, 3000, -1, 20]
+    kernels = Kernels(on_hopper, logits, labels, subset=[7, 20, 31], ignore_class=-1)
+    loss, gradient = kernels.general(np.ones(4, np.float32))
+    assert np.isnan(loss[1]) and np.isnan(gradient[1]).all()
+    assert loss[2] == 0 and (gradient[2] == 0).all()
+    outside = np.delete(gradient[[0, 3]], [7, 20, 31], axis=1)
+    assert (outside == 0).all() and np.isfinite(gradient[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gathered_half_precision_with_dense_targets(on_hopper, dtype):
+    rng = np.random.default_rng(6)
+    predictions = rng.normal(size=(3, 3001)).astype(tf.as_dtype(dtype).as_numpy_dtype)
+    targets = rng.random((3, 3001)).astype(np.float32)
+    options = {"subset": [1, 5, 3000]}
+    exact, exact_gradient, terms, gradient_terms = truth.with_terms(predictions, targets, **options)
+    total, gradient = Kernels(on_hopper, predictions, targets, **options).reduced()
+    check([total], exact.sum(), max(terms, np.abs(exact).max()) * 3, 2**-23, "sum")
+    check(gradient, exact_gradient, gradient_terms, EPSILONS[dtype], "gradient")
+
+
+@pytest.mark.parametrize("classes", [310, 520, 1000])
+def test_tiles_of_many_rows_fit_an_old_gpu(emulator, classes):
+    emulator.emulate(ctypes.c_int64(OLD[0]), OLD[1], False)
+    rng = np.random.default_rng(7)
+    logits, labels = logits_and_labels(rng, (9000, classes))
+    exact, _ = truth.softmax_xent(logits[:50], labels[:50])
+    loss, _ = Kernels(emulator, logits, labels).general(np.ones(9000, np.float32))
+    np.testing.assert_allclose(loss[:50], exact.astype(np.float64), rtol=1e-6)
+
+
+def test_negative_probabilities_have_shares_too(on_hopper):
+    predictions = -np.ones((2, 4), np.float32)
+    targets = np.eye(4, dtype=np.float32)[:2]
+    kernels = Kernels(on_hopper, predictions, targets, from_logits=False)
+    loss, _ = kernels.general(np.ones(2, np.float32))
+    np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 5000, 40000])

@@ -254,6 +254,7 @@ def test_a_backend_that_the_environment_names_is_refused_before_keras_imports_it
 
 
 BUILD = _info(cuda_architectures=["75", "86", "90", "90-ptx"], cuda_version="12.9")
+SPECIAL = _info(cuda_architectures=["90a", "100f"], cuda_version="12.9")
 # What the GPUs can do, the CUDA of the driver, what the library is built for, what is said of it.
 MACHINES = {
     "no GPU": ([], None, BUILD, ""),
@@ -276,6 +277,9 @@ MACHINES = {
         "driver is for CUDA 11.8.* built with CUDA 12.9; update .* build of fusedloss for CUDA 11",
     ),
     "a driver that does not answer": ([(9, 0)], None, BUILD, "driver cannot be asked"),
+    "architecture-specific": ([(9, 0)], (12, 9), SPECIAL, ""),
+    "the same family": ([(10, 3)], (12, 9), SPECIAL, ""),
+    "another than the specific one": ([(12, 0)], (12, 9), SPECIAL, "not among .*90a, 100f"),
     "not NVIDIA's": ([None], None, BUILD, "no CUDA compute capability; hide the GPU"),
 }  # fmt: skip
 

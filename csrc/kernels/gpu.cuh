@@ -67,6 +67,15 @@ FUSEDLOSS_DEVICE void SyncCluster() {
           : "memory");
 #endif
 }
+// The last of a kernel: what this block has read of the others' memory, it has read before.
+FUSEDLOSS_DEVICE void LeaveCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#endif
+}
 // What lies at the same place in the shared memory of another block of the cluster.
 template <typename A>
 FUSEDLOSS_DEVICE A ReadPeer(const A* place, int rank) {
@@ -163,13 +172,21 @@ GpuError HasClusters(void (*kernel)(Args...), bool* has) {
   return InWords(error);
 }
 
+constexpr int64_t kSharedBytesUnasked = 48 << 10;  // what every kernel may have
+
 template <typename... Args>
 GpuError Launch(const Gpu& gpu, void (*kernel)(Args...), int64_t blocks, int threads, int cluster,
                 int64_t shared_bytes, const Args&... args) {
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return InWords(error);
+  if (shared_bytes > kSharedBytesUnasked) {
+    // The limit belongs to the kernel, not to the launch: always the same, or one thread would
+    // lower it for another.
+    int64_t limit = 0;
+    if (GpuError error = SharedMemoryLimit(&limit)) return error;
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
+    if (error != cudaSuccess) return InWords(error);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);

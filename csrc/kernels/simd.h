@@ -392,7 +392,8 @@ FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
 #endif
 }
 
-// a / b within an ulp, for b and 1 / b normal: a vector division takes as long as ten products.
+// a / b within an ulp, for b, 1 / b and a / b normal: a vector division takes as long as ten
+// products.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> Divide(Vec<A> a, Vec<A> b) {
 #if defined(__AVX512F__)

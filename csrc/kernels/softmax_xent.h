@@ -102,6 +102,7 @@ GpuError SoftmaxXentReduced(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
 // 256: a number for every row and for every 2^14 of them, a bit for every class, and a few more.
 // Only SoftmaxXentReduced asks for the rows' share.
 inline int64_t SoftmaxXentWorkspace(int64_t rows, int64_t classes) {
+  if (classes == 0) return 0;
   return 8 * rows + 8 * (rows >> 14) + classes / 8 + 4096;
 }
 

@@ -139,7 +139,7 @@ struct TileRow {
     }
   }
   // The gradient becomes `value`.
-  FUSEDLOSS_DEVICE void Fill(A value) {
+  FUSEDLOSS_DEVICE void Fill(int, A value) {
     for (int c = lane; c < length; c += lanes) Round(value, &predictions[c]);
   }
   template <int kValues, typename Op>
@@ -318,9 +318,10 @@ struct WideRow {
     });
   }
 
-  FUSEDLOSS_DEVICE void Fill(A value) {
-    for (int c = rank * kThreads + ThreadId(); c < length; c += cluster * kThreads) {
-      Round(value, &gradient[Class(c)]);
+  // All classes, gathered or not: the ids may be why the row is filled.
+  FUSEDLOSS_DEVICE void Fill(int classes, A value) {
+    for (int c = rank * kThreads + ThreadId(); c < classes; c += cluster * kThreads) {
+      Round(value, &gradient[c]);
     }
   }
 
@@ -585,12 +586,14 @@ struct Divided {
       target *= unsmoothed;
       const A all_target = weight * (target + smooth_all);
       if (all_target != 0) {
-        of_targets[kAllDot] += all_target * Min(Max(log - full_log, log_lowest), log_highest);
+        const A of_share = full_sum > 0 ? log - full_log : Log(p / full_sum);
+        of_targets[kAllDot] += all_target * Min(Max(of_share, log_lowest), log_highest);
         if (IsBetween(p, full_sum)) of_targets[kAllBetween] += all_target;
       }
       const A in_target = weight * (target + smooth_in);
       if (in_target != 0 && InSubset(task, c)) {
-        of_targets[kInDot] += in_target * Min(Max(log - subset_log, log_lowest), log_highest);
+        const A of_share = subset_sum > 0 ? log - subset_log : Log(p / subset_sum);
+        of_targets[kInDot] += in_target * Min(Max(of_share, log_lowest), log_highest);
         if (IsBetween(p, subset_sum)) of_targets[kInBetween] += in_target;
       }
     });
@@ -662,7 +665,7 @@ FUSEDLOSS_DEVICE void RunRow(const Task<T>& task, Row& row, int64_t i, const T* 
       if (task.pass == Pass::kForward) SaveStats(task, i, RowStats<A>{});
     }
     if (task.pass != Pass::kForward) {
-      row.Fill(value);
+      row.Fill(task.classes, value);
     }
     return;
   }
@@ -747,7 +750,7 @@ OverWideRows(Task<T> task, int cluster, bool keeps) {
   using A = Accumulator<T>;
   Row row{};
   row.reductions = reinterpret_cast<Reductions<A>*>(SharedMemory());
-  auto* kept = reinterpret_cast<typename Row::Vector*>(SharedMemory() + kReductionBytes<A>);
+  auto* kept_targets = reinterpret_cast<A*>(SharedMemory() + kReductionBytes<A>);
   row.cluster = cluster;
   row.rank = cluster > 1 ? ClusterRank() : 0;
   row.length = task.length;
@@ -763,12 +766,15 @@ OverWideRows(Task<T> task, int cluster, bool keeps) {
     row.begin = row.rank * per_block;
     row.end = row.begin + per_block < vectors ? row.begin + per_block : vectors;
     if (keeps) {
-      row.kept = kept;
-      row.kept_targets = reinterpret_cast<A*>(kept + per_block);
+      // The targets come first: their type is the wider one.
+      row.kept_targets = kept_targets;
+      row.kept = reinterpret_cast<typename Row::Vector*>(kept_targets +
+                                                         (task.targets ? per_block * kVector : 0));
     }
     RunRow<kPlain>(task, row, i, row.predictions);
+    SyncBlock();  // the next row's vectors fall to other threads
   }
-  if (cluster > 1) SyncCluster();  // peers may still read what this block has reduced
+  if (cluster > 1) LeaveCluster();  // peers may still read what this block has reduced
 }
 
 // Σ of `mine` over the block's threads; shared memory holds kThreads of them.
@@ -867,8 +873,9 @@ class Call {
     task_.highest = static_cast<A>(1 - options.epsilon);
     task_.stats_per_row = SoftmaxXentStats(args);
     task_.scale = 1;
+    const int64_t bytes = args.classes * (sizeof(T) + (args.targets ? sizeof(A) : 0));
     if (task_.has_subset && !task_.normalize_full && task_.full_weight == 0 &&
-        args.subset_size * kGatherShare <= args.classes) {
+        bytes > kTileRowBytes && args.subset_size * kGatherShare <= args.classes) {
       task_.gathered = args.subset;
       task_.length = static_cast<int>(args.subset_size);
     }
@@ -906,7 +913,7 @@ class Call {
   }
 
  private:
-  // Gathered columns lie apart, a memory transaction each: worth it for few of them.
+  // Gathered columns lie apart, a memory transaction each: worth it for few of them in long rows.
   static constexpr int64_t kGatherShare = 8;
 
   GpuError PrepareSubset() {
@@ -931,7 +938,7 @@ class Call {
     const bool aligned = IsAligned(task_.predictions) && IsAligned(task_.gradient) &&
                          IsAligned(task_.targets) && task_.gathered == nullptr;
     const int64_t row_bytes = int64_t{task_.length} * (sizeof(T) + (task_.targets ? sizeof(A) : 0));
-    if (task_.gathered == nullptr && row_bytes <= kTileRowBytes) {
+    if (row_bytes <= kTileRowBytes && task_.gathered == nullptr) {
       return OverTilesOf<kPlain>(row_bytes, aligned);
     }
     return aligned ? OverWideRowsOf<kPlain, kVector>() : OverWideRowsOf<false, 1>();
@@ -942,10 +949,9 @@ class Call {
     int lanes = 1;
     while (lanes < kWarp && lanes * 8 < task_.length) lanes *= 2;
     // A multiple of 8 rows begins where 16 bytes begin.
-    int64_t tile_rows = kTileBytes / row_bytes;
-    const int64_t for_all = CeilDiv(task_.rows, kTiles);
-    if (tile_rows > for_all) tile_rows = for_all;
-    tile_rows = CeilDiv(tile_rows, 8) * 8;
+    int64_t tile_rows = kTileBytes / row_bytes / 8 * 8;
+    const int64_t share = CeilDiv(CeilDiv(task_.rows, kTiles), 8) * 8;
+    if (tile_rows > share) tile_rows = share;
     int64_t tiles = CeilDiv(task_.rows, tile_rows);
     if (tiles > kMaxBlocks) tiles = kMaxBlocks;
     return Launch(gpu_, OverTiles<kPlain, T>, tiles, kThreads, 1, tile_rows * row_bytes, task_,
@@ -979,7 +985,7 @@ class Call {
   }
 
   // Enough for every multiprocessor to have several.
-  static constexpr int64_t kTiles = 1024;
+  static constexpr int64_t kTiles = 4096;
   static constexpr GpuError kNoMemory = "out of memory";
 
   const Gpu& gpu_;

@@ -709,8 +709,10 @@ struct Divided {
     const V least = Max<A>(totals.full_sum, totals.subset_sum);
     const V most = Min<A>(totals.full_sum, totals.subset_sum);
     const V dots = (totals.all_dot + totals.in_dot) * A(0);
-    return !Any<A>(~((lowest >= plan.lowest * least) & (highest <= plan.highest * most) &
-                     (most >= A(0x1p-99)) & (least <= A(0x1p99)) & (dots == A(0))));
+    const A normal = std::is_same_v<A, float> ? A(0x1p-126) : A(0x1p-1022);
+    return !Any<A>(~((lowest >= normal) & (lowest >= plan.lowest * least) &
+                     (highest <= plan.highest * most) & (most >= A(0x1p-99)) &
+                     (least <= A(0x1p99)) & (dots == A(0))));
   }
 
   FUSEDLOSS_INLINE V Forward(RowStats<A>& stats) const {

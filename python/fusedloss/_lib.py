@@ -3,6 +3,7 @@
 import ctypes
 import os
 import pathlib
+import re
 import threading
 import warnings
 from typing import NamedTuple
@@ -78,16 +79,19 @@ def driver_complaint(build, driver):
 
 
 def _covers(architecture, capability, translates):
-    digits = architecture.removesuffix("-ptx")
-    major, minor = int(digits[:-1]), int(digits[-1])
-    if digits == architecture:  # machine code: for this major version, from this minor one on
-        return capability[0] == major and capability[1] >= minor
-    return translates and capability >= (major, minor)
+    major, minor, only, ptx = re.fullmatch(r"(\d+)(\d)([af]?)(-ptx)?", architecture).groups()
+    major, minor = int(major), int(minor)
+    if only == "a":  # 90a, of instructions that no other has
+        return capability == (major, minor) and (not ptx or translates)
+    if ptx and not only:
+        return translates and capability >= (major, minor)
+    # Machine code: for this major version, from this minor one on. So is the PTX of a family.
+    return capability[0] == major and capability[1] >= minor and (not ptx or translates)
 
 
 def gpu_complaint(build, driver, name, capability):
     """What is wrong with a GPU for the library, or None."""
-    hide = "hide the GPU: CUDA_VISIBLE_DEVICES=-1"
+    hide = "hide the GPU: CUDA_VISIBLE_DEVICES with the others alone, or -1"
     if capability is None:
         return Complaint(f"{name} has no CUDA compute capability", hide)
     # A driver translates the PTX of no CUDA newer than its own.
