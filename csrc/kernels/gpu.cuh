@@ -123,12 +123,15 @@ FUSEDLOSS_DEVICE double Max(double a, double b) { return fmax(a, b); }
 FUSEDLOSS_DEVICE float Min(float a, float b) { return fminf(a, b); }
 FUSEDLOSS_DEVICE double Min(double a, double b) { return fmin(a, b); }
 
-// ---- Memory that is touched once: 16 bytes, aligned.
+// ---- Memory that is touched once: 16 bytes, aligned. Clang has no intrinsics for them.
 
 template <typename Vector>
 FUSEDLOSS_DEVICE Vector LoadOnce(const void* from) {
   static_assert(sizeof(Vector) == 16);
-  uint4 bits = __ldcs(static_cast<const uint4*>(from));
+  uint4 bits;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(__cvta_generic_to_global(from)));
   Vector vector;
   memcpy(&vector, &bits, sizeof(bits));
   return vector;
@@ -138,7 +141,9 @@ FUSEDLOSS_DEVICE void StoreOnce(void* to, const Vector& vector) {
   static_assert(sizeof(Vector) == 16);
   uint4 bits;
   memcpy(&bits, &vector, sizeof(bits));
-  __stcs(static_cast<uint4*>(to), bits);
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
 }
 
 // ---- The host's side.
