@@ -199,19 +199,6 @@ def test_the_kernels_are_those_that_were_asked_for():
         assert _core.cpu_level() == asked
 
 
-# What probabilities should not hold, and do: in the first row, at a class inside or outside of the
-# subset [1, 2]. The other rows are sound.
-ODD_PROBABILITIES = {
-    "zeros": [0, 0, 0, 0],
-    "NaN inside": [0.2, np.nan, 0.3, 0.4],
-    "NaN outside": [np.nan, 0.5, 0.3, 0.2],
-    "Inf inside": [0.2, np.inf, 0.3, 0.4],
-    "Inf outside": [np.inf, 0.5, 0.3, 0.2],
-    "a zero": [0, 0.3, 0.4, 0.3],
-    "one": [0, 1, 0, 0],
-    "negative": [-3, -1, -1, 2],
-    "of negative sum": [-0.9, 0.1, -0.5, -0.1],
-}
 ODD_FORMS = {
     "all": {},
     "subset": {"subset": [1, 2]},
@@ -224,7 +211,7 @@ ODD_FORMS = {
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("form", ODD_FORMS.values(), ids=ODD_FORMS)
-@pytest.mark.parametrize("odd", ODD_PROBABILITIES.values(), ids=ODD_PROBABILITIES)
+@pytest.mark.parametrize("odd", truth.ODD_PROBABILITIES.values(), ids=truth.ODD_PROBABILITIES)
 def test_odd_probabilities_give_what_the_reference_gives(odd, form, sparse, wide):
     p = np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (3, 1))
     p[0] = odd

@@ -174,7 +174,7 @@ class Kernels:
         return loss[0], gradient.reshape(self._rows, self._classes)
 
 
-def check(got, exact, terms, epsilon, what):
+def check_error(got, exact, terms, epsilon, what):
     got = np.asarray(got).astype(np.longdouble)
     allowed = 8 * epsilon * max(np.abs(exact).max(initial=0), terms)
     error = np.abs(got - exact).max(initial=0)
@@ -207,14 +207,14 @@ def test_every_form_agrees_with_the_truth(emulator, values):
     kernels = Kernels(emulator, predictions, targets, **arguments)
 
     loss, gradient = kernels.general(cotangents)
-    check(loss, exact, terms, sums_epsilon, "loss")
+    check_error(loss, exact, terms, sums_epsilon, "loss")
     pulled = exact_gradient * cotangents[:, None].astype(np.longdouble)
-    check(gradient, pulled, gradient_terms * spread, epsilon, "gradient")
+    check_error(gradient, pulled, gradient_terms * spread, epsilon, "gradient")
 
     total, fused = kernels.reduced(cotangents, scale=0.5)
     largest = np.abs(cotangents).sum() * max(terms, np.abs(exact).max(initial=0))
-    check([total], 0.5 * (exact * cotangents).sum(), largest, sums_epsilon, "sum")
-    check(fused, 0.5 * pulled, 0.5 * gradient_terms * spread, epsilon, "gradient of the sum")
+    check_error([total], 0.5 * (exact * cotangents).sum(), largest, sums_epsilon, "sum")
+    check_error(fused, 0.5 * pulled, 0.5 * gradient_terms * spread, epsilon, "gradient of the sum")
 
 
 def logits_and_labels(rng, shape, dtype="float32"):
@@ -236,10 +236,10 @@ def test_memory_that_is_not_aligned_gives_the_same(on_hopper, shape, dtype):
     cotangents = rng.normal(size=shape[:-1]).astype("float64" if dtype == "float64" else "float32")
     exact, exact_gradient, terms, gradient_terms = truth.with_terms(logits, labels)
     loss, gradient = Kernels(on_hopper, logits, labels, offset=1).general(cotangents)
-    check(loss, exact, terms, EPSILONS[str(cotangents.dtype)], "loss")
+    check_error(loss, exact, terms, EPSILONS[str(cotangents.dtype)], "loss")
     pulled = exact_gradient * cotangents[:, None].astype(np.longdouble)
     spread = np.abs(cotangents).max()
-    check(gradient, pulled, gradient_terms * spread, EPSILONS[dtype], "gradient")
+    check_error(gradient, pulled, gradient_terms * spread, EPSILONS[dtype], "gradient")
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 5000, 40000])
@@ -292,8 +292,8 @@ def test_gathered_half_precision_with_dense_targets(on_hopper, dtype):
     options = {"subset": [1, 5, 3000]}
     exact, exact_gradient, terms, gradient_terms = truth.with_terms(predictions, targets, **options)
     total, gradient = Kernels(on_hopper, predictions, targets, **options).reduced()
-    check([total], exact.sum(), max(terms, np.abs(exact).max()) * 3, 2**-23, "sum")
-    check(gradient, exact_gradient, gradient_terms, EPSILONS[dtype], "gradient")
+    check_error([total], exact.sum(), max(terms, np.abs(exact).max()) * 3, 2**-23, "sum")
+    check_error(gradient, exact_gradient, gradient_terms, EPSILONS[dtype], "gradient")
 
 
 @pytest.mark.parametrize("classes", [310, 520, 1000])
@@ -336,4 +336,4 @@ def test_many_rows_are_summed_in_two_stages(on_hopper):
     exact, _ = truth.softmax_xent(logits, labels)
     total, _ = Kernels(on_hopper, logits, labels).reduced(weights)
     largest = np.abs(exact * weights).sum()
-    check([total], (exact * weights).sum(), largest, EPSILONS["float32"], "sum")
+    check_error([total], (exact * weights).sum(), largest, EPSILONS["float32"], "sum")

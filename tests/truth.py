@@ -4,6 +4,20 @@ import numpy as np
 
 EPSILON = 1e-7  # Keras's, of probabilities
 
+# What probabilities should not hold, and do: in the first row, at a class inside or outside of the
+# subset [1, 2]. The other rows are sound.
+ODD_PROBABILITIES = {
+    "zeros": [0, 0, 0, 0],
+    "NaN inside": [0.2, np.nan, 0.3, 0.4],
+    "NaN outside": [np.nan, 0.5, 0.3, 0.2],
+    "Inf inside": [0.2, np.inf, 0.3, 0.4],
+    "Inf outside": [np.inf, 0.5, 0.3, 0.2],
+    "a zero": [0, 0.3, 0.4, 0.3],
+    "one": [0, 1, 0, 0],
+    "negative": [-3, -1, -1, 2],
+    "of negative sum": [-0.9, 0.1, -0.5, -0.1],
+}
+
 
 def with_terms(
     predictions,

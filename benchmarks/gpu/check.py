@@ -363,17 +363,6 @@ PLAIN = {
 }  # fmt: skip
 MIXED = {**PLAIN, "subset": 1 / 2, "weights": (0.8, 0.2), "class_weight": True}
 STRESSED = {"plain": PLAIN, "mixed": MIXED}
-ODD_PROBABILITIES = {
-    "zeros": [0, 0, 0, 0],
-    "NaN inside": [0.2, math.nan, 0.3, 0.4],
-    "NaN outside": [math.nan, 0.5, 0.3, 0.2],
-    "Inf inside": [0.2, math.inf, 0.3, 0.4],
-    "Inf outside": [math.inf, 0.5, 0.3, 0.2],
-    "a zero": [0, 0.3, 0.4, 0.3],
-    "one": [0, 1, 0, 0],
-    "negative": [-3, -1, -1, 2],
-    "of negative sum": [-0.9, 0.1, -0.5, -0.1],
-}
 ODD_FORMS = {
     "all": {},
     "subset": {"subset": [1, 2]},
@@ -428,7 +417,7 @@ def _check_odd_numbers(report, kernels, generator, device, reference_device):
             (5, classes), dtype, function,
         )  # fmt: skip
     odd = itertools.product(
-        (False, True), (4, 64, 5000), ODD_PROBABILITIES.items(), ODD_FORMS.items()
+        (False, True), (4, 64, 5000), truth.ODD_PROBABILITIES.items(), ODD_FORMS.items()
     )
     for sparse, classes, (kind, row), (name, form) in odd:
         report.attempt(
