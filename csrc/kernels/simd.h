@@ -315,6 +315,121 @@ FUSEDLOSS_INLINE Mask<A> LoadMask(const uint8_t* bits, int64_t first) {
 #endif
 }
 
+// ---- Loops over long arrays, vector by vector.
+
+// Which lanes of a vector count: all, or the first few.
+struct AllLanes {};
+template <typename A>
+struct FirstLanes {
+  int count;
+  Mask<A> mask;
+};
+template <typename A>
+FUSEDLOSS_INLINE FirstLanes<A> First(int64_t count) {
+  int lanes = static_cast<int>(count);
+  return {lanes, LaneIds<A>() < Mask<A>{} + lanes};
+}
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> KeepLanes(AllLanes, Vec<A> v) {
+  return v;
+}
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> KeepLanes(FirstLanes<A> lanes, Vec<A> v) {
+  return Keep<A>(lanes.mask, v);
+}
+template <typename A>
+FUSEDLOSS_INLINE Mask<A> MaskOf(AllLanes) {
+  return ~Mask<A>{};
+}
+template <typename A>
+FUSEDLOSS_INLINE Mask<A> MaskOf(FirstLanes<A> lanes) {
+  return lanes.mask;
+}
+template <typename T>
+FUSEDLOSS_INLINE Vec<Accumulator<T>> LoadLanes(const T* from, AllLanes) {
+  return Load(from);
+}
+template <typename T>
+FUSEDLOSS_INLINE Vec<Accumulator<T>> LoadLanes(const T* from, FirstLanes<Accumulator<T>> lanes) {
+  return LoadFirst(from, lanes.count);
+}
+
+template <typename T>
+FUSEDLOSS_INLINE void StoreLanes(T* to, Vec<Accumulator<T>> v, AllLanes, bool stream) {
+  if (stream) {
+    Stream(to, v);
+  } else {
+    Store(to, v);
+  }
+}
+template <typename T>
+FUSEDLOSS_INLINE void StoreLanes(T* to, Vec<Accumulator<T>> v, FirstLanes<Accumulator<T>> lanes,
+                                 bool) {
+  StoreFirst(to, v, lanes.count);
+}
+
+// Several sums (or maxima) side by side, since one would wait for its own latency.
+inline constexpr int kSlots = 4;
+template <int kIndex>
+struct Slot {
+  static constexpr int value = kIndex;
+};
+
+// Calls fn(first element, lanes, slot) for every vector of [i, end).
+template <typename A, typename Fn>
+FUSEDLOSS_INLINE void EachVector(int64_t i, int64_t end, Fn&& fn) {
+  constexpr int kVector = kLanes<A>;
+  for (; i + kSlots * kVector <= end; i += kSlots * kVector) {
+    fn(i, AllLanes{}, Slot<0>{});
+    fn(i + kVector, AllLanes{}, Slot<1>{});
+    fn(i + 2 * kVector, AllLanes{}, Slot<2>{});
+    fn(i + 3 * kVector, AllLanes{}, Slot<3>{});
+  }
+  for (; i + kVector <= end; i += kVector) fn(i, AllLanes{}, Slot<0>{});
+  if (i < end) fn(i, First<A>(end - i), Slot<0>{});
+}
+
+// Long sums are taken in runs of this many vectors, so that rounding errors grow with the number of
+// runs or with their length, not with the product.
+inline constexpr int64_t kRun = 64;
+template <typename A>
+struct RunningSum {
+  Vec<A> run{}, total{};
+  FUSEDLOSS_INLINE void operator+=(Vec<A> v) { run += v; }
+  FUSEDLOSS_INLINE void EndRun() {
+    total += run;
+    run = Vec<A>{};
+  }
+};
+template <typename... Sums>
+FUSEDLOSS_INLINE void EndRuns(Sums&... sums) {
+  (sums.EndRun(), ...);
+}
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Sum(const RunningSum<A> (&slots)[kSlots]) {
+  return (slots[0].total + slots[1].total) + (slots[2].total + slots[3].total);
+}
+
+// EachVector, and end_run() after every run, the last one included.
+template <typename A, typename Fn, typename EndRun>
+FUSEDLOSS_INLINE void EachVectorInRuns(int64_t i, int64_t end, Fn&& fn, EndRun&& end_run) {
+  constexpr int64_t kElements = kRun * kLanes<A>;
+  do {
+    const int64_t run_end = end - i > kElements ? i + kElements : end;
+    EachVector<A>(i, run_end, fn);
+    end_run();
+    i = run_end;
+  } while (i < end);
+}
+
+// The elements before the first one, at most `size`, that a vector can be streamed to.
+template <typename T>
+FUSEDLOSS_INLINE int64_t UnalignedHead(const T* to, int64_t size) {
+  constexpr int64_t kBytes = kLanes<Accumulator<T>> * sizeof(T);
+  int64_t head = (kBytes - reinterpret_cast<uintptr_t>(to) % kBytes) % kBytes / sizeof(T);
+  return head < size ? head : size;
+}
+
 // ---- exp and log. The polynomials are minimax fits (Remez, in 40 digits) of the functions named.
 
 template <typename A>
@@ -355,41 +470,63 @@ FUSEDLOSS_INLINE Vec<A> Polynomial(const A (&coefficients)[kTerms], Vec<A> x) {
   return sum;
 }
 
+// 2^whole · (1 + rest) = e^x for x <= 0, |rest| < 0.42. NaN stays NaN.
+template <typename A>
+struct Power {
+  Vec<A> whole, rest;
+
+  FUSEDLOSS_INLINE explicit Power(Vec<A> x) {
+    using F = Float<A>;
+    constexpr A kLog2E = A(1.44269504088896340736);
+    Vec<A>
+        fraction;  // of x · log2(e), from the product before it is rounded where that is possible
+#if defined(__AVX512F__)
+    x = Max<A>(Set(A(1.25 * F::kMostNegative / kLog2E)), x);  // where scalef has long reached 0
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    if constexpr (std::is_same_v<A, float>) {
+      whole = _mm512_roundscale_ps(x * kLog2E, kNearest);
+      fraction = _mm512_fmsub_ps(x, Set(kLog2E), whole);
+    } else {
+      whole = _mm512_roundscale_pd(x * kLog2E, kNearest);
+      fraction = _mm512_fmsub_pd(x, Set(kLog2E), whole);
+    }
+#else
+    x = Max<A>(Set(A(F::kMostNegative / kLog2E)), x);  // where the exponent's bits are those of 0
+    whole = x * kLog2E + F::kRound;
+    fraction = x * kLog2E - (whole - F::kRound);
+#endif
+    rest = Polynomial<A>(F::kExp2, fraction) * fraction;
+  }
+
+  // v · 2^whole
+  FUSEDLOSS_INLINE Vec<A> Scale(Vec<A> v) const {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) {
+      return _mm512_scalef_ps(v, whole);
+    } else {
+      return _mm512_scalef_pd(v, whole);
+    }
+#else
+    Mask<A> exponent = (BitCast<Mask<A>>(whole) + Float<A>::kBias) << Float<A>::kMantissaBits;
+    return v * BitCast<Vec<A>>(exponent);
+#endif
+  }
+};
+
 // e^x for x <= 0, to within 1.5 ulp near 0 and |x|/8 ulp more away from it: the error of a softmax
 // is relative to its largest term. Below the smallest normal number it is subnormal or 0, as the
 // thread's mode has it, and for −Inf it is 0. NaN stays NaN.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> Exp(Vec<A> x) {
-  using F = Float<A>;
-  constexpr A kLog2E = A(1.44269504088896340736);
-#if defined(__AVX512F__)
-  x = Max<A>(Set(A(1.25 * F::kMostNegative / kLog2E)), x);  // where scalef has long reached 0
-  Vec<A> whole, fraction;  // of x · log2(e), the fraction from the product before it is rounded
-  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  if constexpr (std::is_same_v<A, float>) {
-    whole = _mm512_roundscale_ps(x * kLog2E, kNearest);
-    fraction = _mm512_fmsub_ps(x, Set(kLog2E), whole);
-  } else {
-    whole = _mm512_roundscale_pd(x * kLog2E, kNearest);
-    fraction = _mm512_fmsub_pd(x, Set(kLog2E), whole);
-  }
-#else
-  x = Max<A>(Set(A(F::kMostNegative / kLog2E)), x);  // where the exponent's bits are those of 0
-  Vec<A> shifted = x * kLog2E + F::kRound;
-  Vec<A> whole = shifted - F::kRound;
-  Vec<A> fraction = x * kLog2E - whole;
-#endif
-  Vec<A> power = Polynomial<A>(F::kExp2, fraction) * fraction + A(1);
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>) {
-    return _mm512_scalef_ps(power, whole);
-  } else {
-    return _mm512_scalef_pd(power, whole);
-  }
-#else
-  Mask<A> exponent = (BitCast<Mask<A>>(shifted) + F::kBias) << F::kMantissaBits;
-  return power * BitCast<Vec<A>>(exponent);
-#endif
+  const Power<A> power(x);
+  return power.Scale(power.rest + A(1));
+}
+
+// e^x − 1 for x <= 0, relative to itself as accurate as Exp near 0.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> ExpMinus1(Vec<A> x) {
+  const Power<A> power(x);
+  return power.Scale(power.rest) + (power.Scale(Set(A(1))) - A(1));
 }
 
 // a / b within an ulp, for b, 1 / b and a / b normal: a vector division takes as long as ten

@@ -12,50 +12,6 @@ constexpr int64_t kAcrossClasses = 32;     // up to here a tile has a row per la
 constexpr int64_t kCacheBytes = 16 << 10;  // up to here e^{z − peak} of a row is kept on the stack
 constexpr int kPlainStats = 2, kRichStats = 5;
 
-// The lanes of a vector that hold classes.
-struct AllLanes {};
-template <typename A>
-struct FirstLanes {
-  int count;
-  Mask<A> mask;
-};
-template <typename A>
-FUSEDLOSS_INLINE Vec<A> KeepLanes(AllLanes, Vec<A> v) {
-  return v;
-}
-template <typename A>
-FUSEDLOSS_INLINE Vec<A> KeepLanes(FirstLanes<A> lanes, Vec<A> v) {
-  return Keep<A>(lanes.mask, v);
-}
-template <typename A>
-FUSEDLOSS_INLINE Mask<A> MaskOf(AllLanes) {
-  return ~Mask<A>{};
-}
-template <typename A>
-FUSEDLOSS_INLINE Mask<A> MaskOf(FirstLanes<A> lanes) {
-  return lanes.mask;
-}
-
-// Several sums (or maxima) side by side, since one would wait for its own latency.
-constexpr int kSlots = 4;
-template <int kIndex>
-struct Slot {
-  static constexpr int value = kIndex;
-};
-
-// Long sums are taken in runs of this many additions, so that rounding errors grow with the number
-// of runs or with their length, not with the product.
-constexpr int64_t kRun = 64;
-template <typename A>
-struct RunningSum {
-  Vec<A> run{}, total{};
-  FUSEDLOSS_INLINE void operator+=(Vec<A> v) { run += v; }
-  FUSEDLOSS_INLINE void EndRun() {
-    total += run;
-    run = Vec<A>{};
-  }
-};
-
 // One row; vector number i holds the classes from i · lanes on.
 template <typename T, bool kDense>
 struct Along {
@@ -85,43 +41,15 @@ struct Along {
   // Calls fn(first class, lanes, slot) for every vector, and end_run() now and then and at the end.
   template <typename Fn, typename EndRun>
   FUSEDLOSS_INLINE void Each(Fn&& fn, EndRun&& end_run) const {
-    int64_t c = 0;
-    while (plan.classes - c > kRun * kVector) {
-      EachOf(c, c + kRun * kVector, fn);
-      end_run();
-      c += kRun * kVector;
-    }
-    EachOf(c, plan.classes, fn);
-    end_run();
+    EachVectorInRuns<A>(0, plan.classes, fn, end_run);
   }
   // The same, cut so that whole vectors of the gradient are aligned.
   template <typename Fn>
   FUSEDLOSS_INLINE void EachAligned(Fn&& fn) const {
-    constexpr int64_t kBytes = kVector * sizeof(T);
-    int64_t first = 0;
-    if (plan.stream) {
-      first = (kBytes - reinterpret_cast<uintptr_t>(gradient) % kBytes) % kBytes / sizeof(T);
-      if (first > plan.classes) first = plan.classes;
-    }
-    if (first > 0) fn(0, First(first), Slot<0>{});
-    EachOf(first, plan.classes, fn);
+    const int64_t first = plan.stream ? UnalignedHead(gradient, plan.classes) : 0;
+    if (first > 0) fn(0, First<A>(first), Slot<0>{});
+    EachVector<A>(first, plan.classes, fn);
   }
-  FUSEDLOSS_INLINE static FirstLanes<A> First(int64_t count) {
-    int lanes = static_cast<int>(count);
-    return {lanes, LaneIds<A>() < Mask<A>{} + lanes};
-  }
-  template <typename Fn>
-  FUSEDLOSS_INLINE static void EachOf(int64_t c, int64_t end, Fn&& fn) {
-    for (; c + kSlots * kVector <= end; c += kSlots * kVector) {
-      fn(c, AllLanes{}, Slot<0>{});
-      fn(c + kVector, AllLanes{}, Slot<1>{});
-      fn(c + 2 * kVector, AllLanes{}, Slot<2>{});
-      fn(c + 3 * kVector, AllLanes{}, Slot<3>{});
-    }
-    for (; c + kVector <= end; c += kVector) fn(c, AllLanes{}, Slot<0>{});
-    if (c < end) fn(c, First(end - c), Slot<0>{});
-  }
-
   FUSEDLOSS_INLINE V Prediction(int64_t c, AllLanes) const { return Load(predictions + c); }
   FUSEDLOSS_INLINE V Prediction(int64_t c, FirstLanes<A> lanes) const {
     return LoadFirst(predictions + c, lanes.count);
@@ -333,16 +261,6 @@ struct RowStats {
   Vec<A> subset_peak, subset_scale, full_peak, full_scale, subset_weight;
   bool clips = true;  // false: from dense probabilities, known not to reach their bounds
 };
-
-template <typename A>
-FUSEDLOSS_INLINE Vec<A> Sum(const RunningSum<A> (&slots)[kSlots]) {
-  return (slots[0].total + slots[1].total) + (slots[2].total + slots[3].total);
-}
-
-template <typename... Sums>
-FUSEDLOSS_INLINE void EndRuns(Sums&... sums) {
-  (sums.EndRun(), ...);
-}
 
 // ---- From logits, and from probabilities with labels, whose logits are log(clip(p)).
 template <bool kLogits, bool kRich, bool kDense, typename Tile>
@@ -966,18 +884,9 @@ class Pipeline {
 
   // The row just read is the one to write from here on.
   void Write(const SoftmaxXentBlock<T>& block, int64_t row) {
-    constexpr int64_t kBytes = kVector * sizeof(T);
     writer_ = {block.gradient + row * classes_, block.labels[row], 0, Set(block.cotangents[row]),
                stream_};
-    if (stream_) {
-      int64_t past = reinterpret_cast<uintptr_t>(writer_.gradient) % kBytes;
-      writer_.head = (kBytes - past) % kBytes / sizeof(T);
-    }
-  }
-
-  static FUSEDLOSS_INLINE FirstLanes<A> First(int64_t count) {
-    int lanes = static_cast<int>(count);
-    return {lanes, LaneIds<A>() < Mask<A>{} + lanes};
+    if (stream_) writer_.head = UnalignedHead(writer_.gradient, classes_);
   }
 
   // A chunk without a finite logit must not make exp(−Inf + Inf).
@@ -1083,7 +992,7 @@ class Pipeline {
         Store(powers_ + c, power);
       }
       if (c < classes_) {
-        FirstLanes<A> lanes = First(classes_ - c);
+        FirstLanes<A> lanes = First<A>(classes_ - c);
         V power = Keep<A>(lanes.mask, Exp<A>(LoadFirst(logits_ + c, lanes.count) - peak));
         sum += power;
         StoreFirst(powers_ + c, power, lanes.count);
