@@ -1,10 +1,11 @@
-// What CUDA kernels share: conversions, memory, reductions within a warp, launching. Kernels use
-// CUDA through this file alone, so that a test can run them on a CPU in its place.
+// What CUDA kernels share: conversions, memory, sums, launching. Kernels use CUDA through this file
+// alone; a test puts its own in the place of the first part and runs them on a CPU.
 #ifndef FUSEDLOSS_KERNELS_GPU_CUH_
 #define FUSEDLOSS_KERNELS_GPU_CUH_
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/device.h"
 #include "kernels/half.h"
@@ -122,6 +123,18 @@ FUSEDLOSS_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 FUSEDLOSS_DEVICE double Max(double a, double b) { return fmax(a, b); }
 FUSEDLOSS_DEVICE float Min(float a, float b) { return fminf(a, b); }
 FUSEDLOSS_DEVICE double Min(double a, double b) { return fmin(a, b); }
+FUSEDLOSS_DEVICE float Abs(float x) { return fabsf(x); }
+FUSEDLOSS_DEVICE double Abs(double x) { return fabs(x); }
+// `size` with the sign of x.
+FUSEDLOSS_DEVICE float WithSign(float size, float x) { return copysignf(size, x); }
+FUSEDLOSS_DEVICE double WithSign(double size, double x) { return copysign(size, x); }
+// 1 / x to within an ulp, for x and 1 / x normal.
+FUSEDLOSS_DEVICE float Reciprocal(float x) {
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+}
+FUSEDLOSS_DEVICE double Reciprocal(double x) { return 1 / x; }
 
 // ---- Memory that is touched once: 16 bytes, aligned. Clang has no intrinsics for them.
 
@@ -210,5 +223,198 @@ GpuError Launch(const Gpu& gpu, void (*kernel)(Args...), int64_t blocks, int thr
 }  // namespace fusedloss
 
 #endif  // FUSEDLOSS_EMULATED_GPU
+
+// ---- What is built on the above alone.
+
+namespace fusedloss {
+
+constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;  // of a block
+
+// log(1 + t) for t in [0, 1] and e^x − 1 for x in [−1, 0], to within an ulp. The polynomials are
+// minimax fits (Remez) of log(1 + t)/t and (e^x − 1)/x, to 4.7e-9 and 2.5e-9.
+FUSEDLOSS_DEVICE float Log1p(float t) {
+  float sum = -3.2440119e-3f;
+  sum = sum * t + 1.98514005e-2f;
+  sum = sum * t - 5.69594133e-2f;
+  sum = sum * t + 1.06036420e-1f;
+  sum = sum * t - 1.53055845e-1f;
+  sum = sum * t + 1.96759363e-1f;
+  sum = sum * t - 2.49541330e-1f;
+  sum = sum * t + 3.33299623e-1f;
+  sum = sum * t - 4.99999024e-1f;
+  return t + t * t * sum;
+}
+FUSEDLOSS_DEVICE double Log1p(double t) { return log1p(t); }
+FUSEDLOSS_DEVICE float ExpMinus1(float x) {
+  float sum = 1.28380725e-4f;
+  sum = sum * x + 1.29866376e-3f;
+  sum = sum * x + 8.27309556e-3f;
+  sum = sum * x + 4.16455774e-2f;
+  sum = sum * x + 1.66663098e-1f;
+  sum = sum * x + 4.99999770e-1f;
+  return x + x * x * sum;
+}
+FUSEDLOSS_DEVICE double ExpMinus1(double x) { return expm1(x); }
+
+// ---- Arrays in vectors of 16 bytes.
+
+// Elements in registers.
+template <typename T, int kCount>
+struct Vector {
+  T values[kCount];
+};
+template <typename T>
+struct alignas(16) Aligned : Vector<T, 16 / sizeof(T)> {};
+
+// One element, or a multiple of 16 bytes at an aligned address.
+template <typename T, int kCount>
+FUSEDLOSS_DEVICE void Load(const T* from, Vector<T, kCount>& to) {
+  if constexpr (kCount == 1) {
+    to.values[0] = *from;
+  } else {
+    constexpr int kPart = 16 / sizeof(T);
+    static_assert(kCount % kPart == 0);
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPart) {
+      const auto part = LoadOnce<Aligned<T>>(from + i);
+      memcpy(&to.values[i], part.values, sizeof(part.values));
+    }
+  }
+}
+template <typename T, int kCount>
+FUSEDLOSS_DEVICE void Store(T* to, const Vector<T, kCount>& from) {
+  if constexpr (kCount == 1) {
+    *to = from.values[0];
+  } else {
+    Aligned<T> aligned;
+    static_assert(sizeof(aligned) == sizeof(from));
+    memcpy(aligned.values, from.values, sizeof(from));
+    StoreOnce(to, aligned);
+  }
+}
+
+// The same into shared memory.
+template <typename T, int kCount>
+FUSEDLOSS_DEVICE void Keep(T* to, const Vector<T, kCount>& from) {
+  if constexpr (kCount == 1) {
+    *to = from.values[0];
+  } else {
+    constexpr int kPart = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPart) {
+      auto& part = *reinterpret_cast<Aligned<T>*>(to + i);
+      memcpy(part.values, &from.values[i], sizeof(part.values));
+    }
+  }
+}
+
+// Calls fn(offset from begin, xs, ys) for all of [begin, end), at most 2^30 elements, of two
+// arrays, or of one if not has_y: if `wide`, both arrays begin at aligned addresses, for vectors of
+// 16 bytes of x that lie at a multiple of their size, and for what is left for single elements. The
+// threads of the block share the work; each loads kBatch vectors before it uses the first.
+template <int kBatch, typename X, typename Y, typename Fn>
+FUSEDLOSS_DEVICE void EachVector(const X* x, const Y* y, bool has_y, int64_t begin, int64_t end,
+                                 bool wide, Fn&& fn) {
+  constexpr int kVector = 16 / sizeof(X);
+  x += begin;
+  if (has_y) y += begin;
+  const int count = static_cast<int>(end - begin);
+  const int to_aligned = static_cast<int>((kVector - begin % kVector) % kVector);
+  const int head = wide && to_aligned < count ? to_aligned : count;
+  const int vectors = (count - head) / kVector;
+  // Without a condition on a load of a batch: the compiler would move the load to its use.
+  auto batch = [&](int v, auto size) {
+    constexpr int kSize = decltype(size)::value;
+    Vector<X, kVector> xs[kSize];
+    Vector<Y, kVector> ys[kSize];
+#pragma unroll
+    for (int b = 0; b < kSize; ++b) {
+      const int64_t at = head + int64_t{v + b * kThreads} * kVector;
+      Load(x + at, xs[b]);
+      if (has_y) Load(y + at, ys[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < kSize; ++b) fn(head + (v + b * kThreads) * kVector, xs[b], ys[b]);
+  };
+  int v = ThreadId();
+  for (; kBatch > 1 && v + (kBatch - 1) * kThreads < vectors; v += kBatch * kThreads) {
+    batch(v, std::integral_constant<int, kBatch>());
+  }
+#pragma unroll 1
+  for (; v < vectors; v += kThreads) batch(v, std::integral_constant<int, 1>());
+#pragma unroll 1
+  for (int i = ThreadId(); i < count - vectors * kVector; i += kThreads) {
+    const int at = i < head ? i : i + vectors * kVector;
+    fn(at, Vector<X, 1>{x[at]}, Vector<Y, 1>{has_y ? y[at] : Y{}});
+  }
+}
+
+// ---- Sums.
+
+struct Plus {
+  template <typename A>
+  FUSEDLOSS_DEVICE A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+
+// Of lanes whose numbers agree above log2(lanes): every one of them gets the same result.
+template <typename A, int kValues, typename Op>
+FUSEDLOSS_DEVICE void ReduceLanes(int lanes, uint32_t among, A (&values)[kValues], Op op) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = op(values[i], Swap(among, values[i], distance));
+    }
+  }
+}
+
+// Σ of `mine` over the block's threads, in the first kSumBytes of shared memory.
+constexpr int64_t kSumBytes = kWarps * sizeof(double);
+FUSEDLOSS_DEVICE double SumOfBlock(double mine) {
+  auto* sums = reinterpret_cast<double*>(SharedMemory());
+  double values[1] = {mine};
+  ReduceLanes(kWarp, 0xffffffffu, values, Plus());
+  SyncBlock();  // what was there before may still be read
+  if (ThreadId() % kWarp == 0) sums[ThreadId() / kWarp] = values[0];
+  SyncBlock();
+  double sum = sums[0];
+  for (int warp = 1; warp < kWarps; ++warp) sum += sums[warp];
+  return sum;
+}
+
+// sums[block] = scale · Σ weight · value over the block's share. Null weights are 1.
+template <typename In, typename Out>
+FUSEDLOSS_KERNEL_OF(kThreads, 1)
+SumUp(const In* values, const In* weights, int64_t count, double scale, Out* sums) {
+  const int64_t share = (count + Blocks() - 1) / Blocks();
+  const int64_t begin = BlockId() * share;
+  const int64_t end = begin + share < count ? begin + share : count;
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t i = begin + ThreadId(); i < end; i += kThreads) {
+    sum += (weights ? static_cast<double>(weights[i]) : 1) * values[i];
+  }
+  sum = SumOfBlock(sum);
+  if (ThreadId() == 0) sums[BlockId()] = static_cast<Out>(scale * sum);
+}
+
+// ---- The host's side.
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline bool IsAligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
+
+// *sum = scale · Σ values[i]
+template <typename A>
+GpuError AddUp(const Gpu& gpu, const double* values, int64_t count, double scale, A* sum) {
+  const double* ones = nullptr;
+  return Launch(gpu, SumUp<double, A>, 1, kThreads, 1, kSumBytes, values, ones, count, scale, sum);
+}
+
+constexpr GpuError kNoMemory = "out of memory";
+
+#define FUSEDLOSS_RETURN_IF_ERROR(call) \
+  if (GpuError error = call) return error
+
+}  // namespace fusedloss
 
 #endif  // FUSEDLOSS_KERNELS_GPU_CUH_

@@ -10,7 +10,6 @@
 namespace fusedloss {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int64_t kMaxClasses = 1 << 30;       // places in a row are 32-bit numbers
 constexpr int64_t kTileRowBytes = 4 << 10;     // up to here rows are short
 constexpr int64_t kTileBytes = 40 << 10;       // several blocks at once on a multiprocessor hide
@@ -82,28 +81,12 @@ FUSEDLOSS_DEVICE bool InSubset(const Task<T>& task, int c) {
   return task.in_subset == nullptr || (task.in_subset[c / 32] >> (c % 32)) & 1;
 }
 
-struct Plus {
-  template <typename A>
-  FUSEDLOSS_DEVICE A operator()(A a, A b) const {
-    return a + b;
-  }
-};
 struct Greater {
   template <typename A>
   FUSEDLOSS_DEVICE A operator()(A a, A b) const {
     return Max(a, b);
   }
 };
-
-// Of lanes whose numbers agree above log2(lanes): every one of them gets the same result.
-template <typename A, int kValues, typename Op>
-FUSEDLOSS_DEVICE void ReduceLanes(int lanes, uint32_t among, A (&values)[kValues], Op op) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    for (int i = 0; i < kValues; ++i) {
-      values[i] = op(values[i], Swap(among, values[i], distance));
-    }
-  }
-}
 
 // Where a sweep finds the row.
 enum class Source {
@@ -777,20 +760,6 @@ OverWideRows(Task<T> task, int cluster, bool keeps) {
   if (cluster > 1) LeaveCluster();  // peers may still read what this block has reduced
 }
 
-// Σ of `mine` over the block's threads; shared memory holds kThreads of them.
-FUSEDLOSS_DEVICE double SumOfBlock(double mine) {
-  auto* sums = reinterpret_cast<double*>(SharedMemory());
-  sums[ThreadId()] = mine;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    SyncBlock();
-    if (ThreadId() < half) sums[ThreadId()] += sums[ThreadId() + half];
-  }
-  SyncBlock();
-  const double sum = sums[0];
-  SyncBlock();
-  return sum;
-}
-
 // One block. Fills `in_subset`, unless it is null, and `prepared`.
 template <typename A>
 FUSEDLOSS_KERNEL_OF(kThreads, 1)
@@ -819,30 +788,9 @@ Prepare(const int64_t* subset, int64_t subset_size, int64_t classes, const A* cl
   prepared[kInOrder] = disorder == 0;
 }
 
-// sums[block] = scale · Σ weight · value over the block's share. Null weights are 1.
-template <typename In, typename Out>
-FUSEDLOSS_KERNEL_OF(kThreads, 1)
-SumUp(const In* values, const In* weights, int64_t count, double scale, Out* sums) {
-  const int64_t share = (count + Blocks() - 1) / Blocks();
-  const int64_t begin = BlockId() * share;
-  const int64_t end = begin + share < count ? begin + share : count;
-  double sum = 0;
-  for (int64_t i = begin + ThreadId(); i < end; i += kThreads) {
-    sum += (weights ? static_cast<double>(weights[i]) : 1) * values[i];
-  }
-  sum = SumOfBlock(sum);
-  if (ThreadId() == 0) sums[BlockId()] = static_cast<Out>(scale * sum);
-}
-
 // ---- The host's side.
 
 constexpr int64_t kSumShare = 16 << 10;  // values that a block adds up
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-bool IsAligned(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 16 == 0; }
-
-#define FUSEDLOSS_RETURN_IF_ERROR(call) \
-  if (GpuError error = call) return error
 
 template <typename T>
 class Call {
@@ -896,20 +844,16 @@ class Call {
 
   // *loss = scale · Σ_i weights[i] · losses[i]
   GpuError AddUp(const A* losses, const A* weights, double scale, A* loss) {
-    constexpr int64_t kShared = kThreads * sizeof(double);
     const int64_t blocks = CeilDiv(task_.rows, kSumShare);
     if (blocks == 1) {
-      return Launch(gpu_, SumUp<A, A>, 1, kThreads, 1, kShared, losses, weights, task_.rows, scale,
-                    loss);
+      return Launch(gpu_, SumUp<A, A>, 1, kThreads, 1, kSumBytes, losses, weights, task_.rows,
+                    scale, loss);
     }
     auto* sums = static_cast<double*>(gpu_.allocate(gpu_.owner, blocks * sizeof(double)));
     if (sums == nullptr) return kNoMemory;
-    FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu_, SumUp<A, double>, blocks, kThreads, 1, kShared, losses,
+    FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu_, SumUp<A, double>, blocks, kThreads, 1, kSumBytes, losses,
                                      weights, task_.rows, 1.0, sums));
-    const double* values = sums;
-    const double* ones = nullptr;
-    return Launch(gpu_, SumUp<double, A>, 1, kThreads, 1, kShared, values, ones, blocks, scale,
-                  loss);
+    return fusedloss::AddUp(gpu_, sums, blocks, scale, loss);
   }
 
  private:
@@ -928,8 +872,8 @@ class Call {
         wants_set ? reinterpret_cast<uint32_t*>(memory + kPrepared * sizeof(double)) : nullptr;
     task_.prepared = prepared;
     task_.in_subset = in_subset;
-    return Launch(gpu_, Prepare<A>, 1, kThreads, 1, kThreads * sizeof(double), args_.subset,
-                  args_.subset_size, args_.classes, args_.class_weight, in_subset, prepared);
+    return Launch(gpu_, Prepare<A>, 1, kThreads, 1, kSumBytes, args_.subset, args_.subset_size,
+                  args_.classes, args_.class_weight, in_subset, prepared);
   }
 
   template <bool kPlain>
@@ -986,7 +930,6 @@ class Call {
 
   // Enough for every multiprocessor to have several.
   static constexpr int64_t kTiles = 4096;
-  static constexpr GpuError kNoMemory = "out of memory";
 
   const Gpu& gpu_;
   const SoftmaxXentArgs<T>& args_;
@@ -1031,7 +974,7 @@ GpuError SoftmaxXentReduced(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
   using A = Accumulator<T>;
   if (args.rows == 0 || args.classes == 0) return Zero(gpu, loss, sizeof(A));
   auto* losses = static_cast<A*>(gpu.allocate(gpu.owner, args.rows * int64_t{sizeof(A)}));
-  if (losses == nullptr) return "out of memory";
+  if (losses == nullptr) return kNoMemory;
   Call<T> call(gpu, args, Pass::kBoth);
   call.task().loss = losses;
   call.task().cotangents = row_weight;

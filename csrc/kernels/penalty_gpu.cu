@@ -1,0 +1,167 @@
+// A penalty on any number of variables on a GPU: one kernel runs over the tiles of them all. What
+// it needs to know of them travels to device memory as parameters of small kernels: a copy from the
+// host's memory would have to wait, and could not be recorded in a CUDA graph.
+#include "kernels/gpu.cuh"
+#include "kernels/penalty.h"
+
+namespace fusedloss {
+namespace {
+
+constexpr int kBatch = 4;  // vectors that a thread loads before it uses the first
+constexpr int64_t kTileBytes = kThreads * kBatch * 16;
+constexpr int64_t kMaxBlocks = 8192;  // their sums are added up in no time
+constexpr int kFilled = 64;           // entries that a kernel's parameters, at most 4 KiB, hold
+
+// A variable that has elements.
+struct Entry {
+  const void* values;
+  void* gradient;  // or null
+  int64_t size;
+  int64_t first_tile;  // of all tiles of all variables
+  double l1, l2;
+  FloatType type;
+  bool wide;  // both begin where 16 bytes begin
+};
+
+struct Entries {
+  Entry entries[kFilled];
+};
+static_assert(sizeof(Entries) + 64 <= 4096);
+
+FUSEDLOSS_KERNEL_OF(kFilled, 1)
+Fill(Entries from, int count, Entry* table) {
+  if (ThreadId() < count) table[ThreadId()] = from.entries[ThreadId()];
+}
+
+// Writes the gradient of a tile, and returns this thread's share of its penalty.
+template <typename T>
+FUSEDLOSS_DEVICE double OverTile(const Entry& entry, int64_t tile, double dpenalty) {
+  using A = Accumulator<T>;
+  constexpr int64_t kTile = kTileBytes / sizeof(T);
+  const int64_t begin = tile * kTile;
+  const int64_t end = begin + kTile < entry.size ? begin + kTile : entry.size;
+  auto* gradient = static_cast<T*>(entry.gradient);
+  // A term with coefficient 0 is not there: it makes no NaN of an Inf.
+  const bool has_l1 = entry.l1 != 0, has_l2 = entry.l2 != 0;
+  const A l1 = static_cast<A>(dpenalty * entry.l1);
+  const A twice_l2 = static_cast<A>(2 * dpenalty * entry.l2);
+  double magnitudes = 0, squares = 0;
+  auto take = [&](int offset, const auto& w, const auto&) {
+    constexpr int kCount = sizeof(w.values) / sizeof(T);
+    Vector<T, kCount> dw;
+    A magnitude = 0, square = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const A x = ToSum(w.values[i]);
+      magnitude += Abs(x);
+      square += x * x;
+      const A sign = x > 0 ? A(1) : x < 0 ? A(-1) : x;  // of NaN, NaN
+      Round((has_l1 ? l1 * sign : A(0)) + (has_l2 ? twice_l2 * x : A(0)), &dw.values[i]);
+    }
+    magnitudes += magnitude;
+    squares += square;
+    if (gradient) Store(gradient + begin + offset, dw);
+  };
+  const T* nothing = nullptr;
+  EachVector<kBatch>(static_cast<const T*>(entry.values), nothing, false, begin, end, entry.wide,
+                     take);
+  return (has_l1 ? entry.l1 * magnitudes : 0) + (has_l2 ? entry.l2 * squares : 0);
+}
+
+// A block takes block_tiles tiles in a row. `dpenalty` (null: 1) is one number; sums: [blocks] out,
+// or null.
+template <typename A>
+FUSEDLOSS_KERNEL_OF(kThreads, 4)
+OverVariables(const Entry* table, int64_t count, int64_t tiles, int64_t block_tiles,
+              const A* dpenalty, double* sums) {
+  const double cotangent = dpenalty ? static_cast<double>(*dpenalty) : 1;
+  int64_t tile = BlockId() * block_tiles;
+  const int64_t end = tile + block_tiles < tiles ? tile + block_tiles : tiles;
+  // The last variable that begins at or before the tile.
+  int64_t variable = 0;
+  for (int64_t past = count; past - variable > 1;) {
+    const int64_t middle = (variable + past) / 2;
+    (table[middle].first_tile <= tile ? variable : past) = middle;
+  }
+  double sum = 0;
+  for (; tile < end; ++tile) {
+    if (variable + 1 < count && table[variable + 1].first_tile == tile) ++variable;
+    const Entry entry = table[variable];
+    const int64_t own_tile = tile - entry.first_tile;
+    switch (entry.type) {
+      case FloatType::kFloat:
+        sum += OverTile<float>(entry, own_tile, cotangent);
+        break;
+      case FloatType::kDouble:
+        sum += OverTile<double>(entry, own_tile, cotangent);
+        break;
+      case FloatType::kHalf:
+        sum += OverTile<Half>(entry, own_tile, cotangent);
+        break;
+      default:
+        sum += OverTile<BFloat16>(entry, own_tile, cotangent);
+    }
+  }
+  if (sums == nullptr) return;
+  sum = SumOfBlock(sum);
+  if (ThreadId() == 0) sums[BlockId()] = sum;
+}
+
+// ---- The host's side.
+
+int64_t SizeOf(FloatType type) {
+  switch (type) {
+    case FloatType::kFloat:
+      return 4;
+    case FloatType::kDouble:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+}  // namespace
+
+template <typename A>
+GpuError Penalty(const Gpu& gpu, const PenaltyArgs<A>& args) {
+  int64_t filled = 0;
+  for (int64_t k = 0; k < args.count; ++k) filled += args.variables[k].size > 0;
+  if (filled == 0) return args.penalty ? Zero(gpu, args.penalty, sizeof(A)) : nullptr;
+  auto* sums = static_cast<double*>(gpu.allocate(gpu.owner, kMaxBlocks * sizeof(double)));
+  auto* table = static_cast<Entry*>(gpu.allocate(gpu.owner, filled * sizeof(Entry)));
+  if (sums == nullptr || table == nullptr) return kNoMemory;
+
+  Entries entries{};
+  int64_t tiles = 0, entered = 0;
+  for (int64_t k = 0; k < args.count; ++k) {
+    const PenaltyVariable& from = args.variables[k];
+    if (from.size == 0) continue;
+    entries.entries[entered % kFilled] = {from.values,
+                                          from.gradient,
+                                          from.size,
+                                          tiles,
+                                          args.coefficients[2 * k],
+                                          args.coefficients[2 * k + 1],
+                                          from.type,
+                                          IsAligned(from.values) && IsAligned(from.gradient)};
+    tiles += CeilDiv(from.size * SizeOf(from.type), kTileBytes);
+    ++entered;
+    if (entered % kFilled != 0 && entered != filled) continue;
+    const int count = static_cast<int>((entered - 1) % kFilled + 1);
+    FUSEDLOSS_RETURN_IF_ERROR(
+        Launch(gpu, Fill, 1, kFilled, 1, 0, entries, count, table + (entered - count)));
+  }
+
+  const int64_t block_tiles = CeilDiv(tiles, kMaxBlocks);
+  const int64_t blocks = CeilDiv(tiles, block_tiles);
+  if (args.penalty == nullptr) sums = nullptr;
+  FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu, OverVariables<A>, blocks, kThreads, 1, kSumBytes,
+                                   static_cast<const Entry*>(table), filled, tiles, block_tiles,
+                                   args.dpenalty, sums));
+  return args.penalty ? AddUp(gpu, sums, blocks, 1, args.penalty) : nullptr;
+}
+
+template GpuError Penalty(const Gpu&, const PenaltyArgs<float>&);
+template GpuError Penalty(const Gpu&, const PenaltyArgs<double>&);
+
+}  // namespace fusedloss
