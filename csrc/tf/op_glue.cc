@@ -60,6 +60,7 @@ class Bindings {
   // Matches one input. Where there are alternatives, a size that is left out, such as 0, says
   // nothing of the words, and neither does a shape that could yet turn out to be either.
   bool Match(absl::string_view words, const PartialDims& shape) {
+    if (words == "*") return true;
     const std::vector<absl::string_view> forms = absl::StrSplit(words, " | ");
     if (forms.size() == 1) return MatchForm(words, shape);
     if (!IsKnown(shape)) return true;
@@ -157,7 +158,11 @@ absl::Status Resolve(const Op& op, const Shapes& shapes, const std::vector<Parti
           input.second, "], where equal words mean equal sizes; got ", Got(shapes, inputs, i)));
     }
   }
-  for (const std::string& words : shapes.outputs) outputs->push_back(bindings.Resolve(words));
+  for (const std::string& words : shapes.outputs) {
+    size_t as_input;
+    const bool copies = words[0] == '*' && absl::SimpleAtoi(words.substr(1), &as_input);
+    outputs->push_back(copies ? inputs[as_input] : bindings.Resolve(words));
+  }
   return absl::OkStatus();
 }
 
@@ -243,6 +248,9 @@ Attributes DecodeAttributes(const std::string& op, const FindAttr& find) {
         break;
       case tensorflow::AttrValue::kType:
         attributes.Add(attr.name(), int64_t{value.type()});
+        break;
+      case tensorflow::AttrValue::kList:
+        attributes.Add(attr.name(), int64_t{value.list().type_size()});
         break;
       default:
         attributes.Add(attr.name(), value.i());

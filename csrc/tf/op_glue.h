@@ -12,6 +12,7 @@
 #include "absl/container/inlined_vector.h"
 #include "absl/strings/string_view.h"
 #include "kernels/device.h"
+#include "kernels/half.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -24,7 +25,20 @@ inline constexpr bool kHasCuda = true;
 inline constexpr bool kHasCuda = false;
 #endif
 
-// The attributes of one node, decoded once: when its kernel is made, not when it is called.
+// TensorFlow's name for a type that kernels are written for.
+template <typename T>
+inline constexpr tensorflow::DataType kDataType = tensorflow::DT_INVALID;
+template <>
+inline constexpr tensorflow::DataType kDataType<float> = tensorflow::DT_FLOAT;
+template <>
+inline constexpr tensorflow::DataType kDataType<double> = tensorflow::DT_DOUBLE;
+template <>
+inline constexpr tensorflow::DataType kDataType<Half> = tensorflow::DT_HALF;
+template <>
+inline constexpr tensorflow::DataType kDataType<BFloat16> = tensorflow::DT_BFLOAT16;
+
+// The attributes of one node, decoded once: when its kernel is made, not when it is called. The
+// type of a list of tensors is the integer of their number.
 class Attributes {
  public:
   bool Bool(absl::string_view name) const { return Find(name).integer != 0; }
@@ -77,8 +91,16 @@ class OpCall {
   const Gpu* const gpu;
   const Attributes& attributes;
 
-  // Calls kernel(device), an overload for Cpu or one for Gpu. check(result) makes a status of what
-  // the first returns.
+  // Calls kernel(device), an overload for Cpu or one for Gpu.
+  template <typename Kernel>
+  absl::Status Run(const Kernel& kernel) const {
+    if constexpr (kHasCuda) {
+      if (gpu) return GpuStatus(kernel(*gpu));
+    }
+    kernel(*cpu);
+    return absl::OkStatus();
+  }
+  // The same where the overload for Cpu returns something that check(result) makes a status of.
   template <typename Kernel, typename Check>
   absl::Status Run(const Kernel& kernel, const Check& check) const {
     if constexpr (kHasCuda) {
@@ -87,6 +109,7 @@ class OpCall {
     return check(kernel(*cpu));
   }
 
+  int inputs() const { return static_cast<int>(inputs_.size()); }
   const Buffer& input(int i) const { return inputs_[i]; }
   template <typename T>
   const T* Input(int i) const {
@@ -115,11 +138,13 @@ class OpCall {
   Buffers inputs_, outputs_;
 };
 
-// The dimensions of each input ("name: dimensions") and output. Dimensions are separated by spaces:
+// The dimensions of each input ("name: dimensions") and output; of a list, those of each element
+// ("name[7]: dimensions"). Dimensions are separated by spaces:
 //   ...       any number of leading dimensions, the same wherever it stands
 //   word      one dimension, the same wherever the word stands
 //   7         one dimension of that size
-// `a | 0` allows either: how an optional input is written. Errors quote name and words.
+// `a | 0` allows either: how an optional input is written. `*` is any shape, and for an output `*7`
+// that of input 7. Errors quote name and words.
 struct Shapes {
   std::vector<std::string> inputs, outputs;
 };
@@ -183,6 +208,21 @@ class FusedOpKernel : public tensorflow::OpKernel {
 };
 
 }  // namespace fusedloss
+
+// A RunFn that calls Function<T> for the type of input `place`.
+#define FUSEDLOSS_FOR_DTYPE(Function, place)            \
+  [](const ::fusedloss::OpCall& call) -> absl::Status { \
+    switch (call.input(place).dtype) {                  \
+      case ::tensorflow::DT_FLOAT:                      \
+        return Function<float>(call);                   \
+      case ::tensorflow::DT_DOUBLE:                     \
+        return Function<double>(call);                  \
+      case ::tensorflow::DT_HALF:                       \
+        return Function<::fusedloss::Half>(call);       \
+      default:                                          \
+        return Function<::fusedloss::BFloat16>(call);   \
+    }                                                   \
+  }
 
 #ifdef FUSEDLOSS_CUDA
 #define FUSEDLOSS_GPU_KERNEL(name) \

@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "tf/op_glue.h"
+#include "tf/penalty.h"
 
 namespace fusedloss {
 namespace {
@@ -82,8 +83,7 @@ absl::Status CheckSubset(const SoftmaxXentArgs<T>& args) {
 template <typename T>
 absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* args) {
   using A = Accumulator<T>;
-  constexpr DataType kSums =
-      std::is_same_v<A, double> ? tensorflow::DT_DOUBLE : tensorflow::DT_FLOAT;
+  constexpr DataType kSums = kDataType<A>;
   const DataType targets = call.input(at.targets).dtype;
   if (call.input(at.class_weight).dtype != kSums || !(IsLabels(targets) || targets == kSums)) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -176,20 +176,7 @@ absl::Status Reduced(const OpCall& call) {
       LabelCheck(args));
 }
 
-// Calls Function<T> for the dtype of input `place`.
-#define FUSEDLOSS_FOR_DTYPE(Function, place) \
-  [](const OpCall& call) -> absl::Status {   \
-    switch (call.input(place).dtype) {       \
-      case tensorflow::DT_FLOAT:             \
-        return Function<float>(call);        \
-      case tensorflow::DT_DOUBLE:            \
-        return Function<double>(call);       \
-      case tensorflow::DT_HALF:              \
-        return Function<Half>(call);         \
-      default:                               \
-        return Function<BFloat16>(call);     \
-    }                                        \
-  }
+constexpr RunFn kRunReduced = FUSEDLOSS_FOR_DTYPE(Reduced, kReduced.predictions);
 
 }  // namespace
 
@@ -229,18 +216,29 @@ REGISTER_OP("Fusedloss>SoftmaxXentGrad")
 FUSEDLOSS_OP("Fusedloss>SoftmaxXentGrad", GradShapes, Workspace<kGrad>,
              FUSEDLOSS_FOR_DTYPE(Grad, kGrad.predictions));
 
+#define FUSEDLOSS_SOFTMAX_XENT_REDUCED                            \
+  FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("reduction: {'sum', 'mean'}") \
+      .Attr("replicas: int >= 1 = 1")                             \
+      .Input("predictions: T")                                    \
+      .Input("targets: Targets")                                  \
+      .Input("class_weight: A")                                   \
+      .Input("subset: int64")                                     \
+      .Input("row_weight: A")                                     \
+      .Output("loss: A")                                          \
+      .Output("gradient: T")
+
 REGISTER_OP("Fusedloss>SoftmaxXentReduced")
-    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("reduction: {'sum', 'mean'}")
-    .Attr("replicas: int >= 1 = 1")
-    .Input("predictions: T")
-    .Input("targets: Targets")
-    .Input("class_weight: A")
-    .Input("subset: int64")
-    .Input("row_weight: A")
-    .Output("loss: A")
-    .Output("gradient: T")
-    .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentReduced", c); });
-FUSEDLOSS_OP("Fusedloss>SoftmaxXentReduced", ReducedShapes, ReducedWorkspace,
-             FUSEDLOSS_FOR_DTYPE(Reduced, kReduced.predictions));
+    .FUSEDLOSS_SOFTMAX_XENT_REDUCED.SetShapeFn([](InferenceContext* c) {
+      return InferShapes("Fusedloss>SoftmaxXentReduced", c);
+    });
+FUSEDLOSS_OP("Fusedloss>SoftmaxXentReduced", ReducedShapes, ReducedWorkspace, kRunReduced);
+
+REGISTER_OP("Fusedloss>SoftmaxXentReducedPenalized")
+    .FUSEDLOSS_SOFTMAX_XENT_REDUCED.FUSEDLOSS_PENALTY_INPUTS.FUSEDLOSS_PENALTY_OUTPUTS.SetShapeFn(
+        [](InferenceContext* c) {
+          return InferShapes("Fusedloss>SoftmaxXentReducedPenalized", c);
+        });
+FUSEDLOSS_OP("Fusedloss>SoftmaxXentReducedPenalized", PenalizedShapes<ReducedShapes>,
+             PenalizedWorkspace<ReducedWorkspace>, PenalizedRun<kRunReduced>);
 
 }  // namespace fusedloss

@@ -156,6 +156,9 @@ std::string CallConfig(const tensorflow::NodeDef& node) {
       case tensorflow::AttrValue::kType:
         entries.push_back(absl::StrCat(name, " = ", static_cast<int>(value.type()), " : i64"));
         break;
+      case tensorflow::AttrValue::kList:
+        entries.push_back(absl::StrCat(name, " = ", value.list().type_size(), " : i64"));
+        break;
       case tensorflow::AttrValue::kS:
         entries.push_back(absl::StrCat(name, " = \"", value.s(), "\""));
         break;
