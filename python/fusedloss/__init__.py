@@ -29,10 +29,12 @@ if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
     )
 
 from fusedloss import _lib, losses, metrics, nn, reference
+from fusedloss._loss import load_model
+from fusedloss.penalty import Penalty
 
 _lib.ops()  # Loads the library, or says now why there is none.
 
-__all__ = ["backend", "losses", "metrics", "nn", "reference"]
+__all__ = ["Penalty", "backend", "load_model", "losses", "metrics", "nn", "reference"]
 
 
 def backend():

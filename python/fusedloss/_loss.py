@@ -1,24 +1,17 @@
 """What the Keras losses of the package have in common: two paths, and Keras's results on both."""
 
+import sys
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from keras.src import backend
-from keras.src.losses.loss import (
-    apply_mask,
-    reduce_weighted_values,
-    squeeze_or_expand_to_same_rank,
-)
+from keras.src.losses.loss import apply_mask, reduce_weighted_values
+from keras.src.trainers.compile_utils import CompileLoss
 
 from fusedloss import _lib
-
-try:
-    from tensorflow.python.eager.record import should_record_backprop
-except ImportError:  # It is private to TensorFlow; without it the general path does everything.
-
-    def should_record_backprop(_):
-        return False
+from fusedloss._compiled import makes_gradients, should_record_backprop
+from fusedloss.penalty import Penalty, penalty_sum
 
 
 class Rows(NamedTuple):
@@ -42,12 +35,30 @@ class FusedLoss(keras.losses.Loss):
     `dtype` is that of the result. float64 and integer predictions are cast to it first, as in
     Keras; half-precision ones are read as they are and summed in float32.
 
+    A penalty on weights is added to the reduced loss. Each replica of a strategy adds its share, so
+    that a step counts it once. On the training path one op makes the loss, the penalty and all
+    their gradients, where the gradients are asked for.
+
     Subclasses define three methods:
       `_rows(y_true, y_pred)` checks two tensors and returns `Rows`;
       `_row_losses(rows)` returns the losses, of shape `rows.shape`;
-      `_reduced_loss(rows, row_weight, reduction, replicas)` returns the sum of row_weight * loss,
-        divided by rows * replicas if `reduction` is "mean". `row_weight` of shape [0] stands for 1.
+      `_reduced_loss(rows, row_weight, penalized, reduction, replicas)` returns the sum of
+        row_weight * loss, divided by rows * replicas if `reduction` is "mean", plus the penalty if
+        `penalized`, what `Penalty.operands` returns, is not None. `row_weight` of shape [0] stands
+        for 1.
     """
+
+    def __init__(self, *, reduction, name, dtype, penalty):
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        if not isinstance(penalty, Penalty | None):
+            raise TypeError(f"`penalty` must be a fusedloss.Penalty or None. Got {penalty!r}.")
+        if penalty is not None and not self._reduces():
+            raise ValueError(
+                "A penalty is one number a step, and cannot be added to losses that are not "
+                f"reduced. Got a `penalty` and `reduction={reduction!r}`: choose another "
+                "reduction, or add `penalty()` to the total yourself."
+            )
+        self.penalty = penalty
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         mask = backend.get_keras_mask(y_pred)
@@ -60,9 +71,13 @@ class FusedLoss(keras.losses.Loss):
             dtype = tf.float64 if rows.predictions.dtype == tf.float64 else tf.float32
             if sample_weight is not None:
                 sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype.name)
+            penalized = self._penalized()
             loss = None
             if self._is_training(rows, sample_weight):
-                loss = self._training_loss(rows, sample_weight, mask, dtype)
+                fused = penalized if penalized and makes_gradients(penalized[1]) else None
+                loss = self._training_loss(rows, sample_weight, mask, dtype, fused)
+                if loss is not None and fused:
+                    penalized = None  # It is in the loss.
             if loss is None:
                 loss = reduce_weighted_values(
                     self._row_losses(rows),
@@ -73,26 +88,44 @@ class FusedLoss(keras.losses.Loss):
                 )
                 if self._reduces() and loss.shape == [0]:
                     loss = tf.reduce_sum(loss)  # Keras returns an empty batch as it is.
+            if penalized:
+                loss += penalty_sum(*penalized, dtype)
             return tf.cast(loss, self.dtype)
 
     def call(self, y_true, y_pred):
-        """The losses before weights and reduction."""
+        """The losses before weights, reduction and penalty."""
         rows = self._converted(y_true, y_pred)
         losses = self._row_losses(rows)
         if rows.counted is not None:
             backend.set_keras_mask(losses, rows.counted)
         return losses
 
+    def bind(self, model):
+        """Binds the penalty of a loaded loss, if there is one, to the variables of `model`.
+
+        Returns:
+          Itself.
+        Raises:
+          ValueError: the model has no or several variables of a path that the penalty is on.
+        """
+        if self.penalty is not None:
+            self.penalty.bind(model)
+        return self
+
     def get_config(self):
-        return {**super().get_config(), "dtype": self.dtype}
+        penalty = keras.saving.serialize_keras_object(self.penalty)
+        return {**super().get_config(), "dtype": self.dtype, "penalty": penalty}
+
+    @classmethod
+    def from_config(cls, config):
+        penalty = keras.saving.deserialize_keras_object(config.get("penalty"))
+        return cls(**{**config, "penalty": penalty})
 
     def _converted(self, y_true, y_pred):
         y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
         as_they_are = (tf.float16, tf.bfloat16, tf.float32)
         if self.dtype == "float64" or y_pred.dtype not in as_they_are:
             y_pred = tf.cast(y_pred, self.dtype)
-        if y_true.shape.rank is not None and y_pred.shape.rank is not None:
-            y_true, y_pred = squeeze_or_expand_to_same_rank(y_true, y_pred)
         return self._rows(y_true, y_pred)
 
     def _reduces(self):
@@ -109,13 +142,25 @@ class FusedLoss(keras.losses.Loss):
             and not should_record_backprop(differentiable)
         )
 
-    def _training_loss(self, rows, sample_weight, mask, dtype):
+    def _penalized(self):
+        """What `Penalty.operands` returns, None without a penalty."""
+        if self.penalty is None:
+            return None
+        outputs = _outputs_with(self.penalty)
+        if outputs > 1:
+            raise ValueError(
+                f"A penalty counts once a step, but the losses of {outputs} outputs of the model "
+                "carry the same one: give it to the loss of one output alone."
+            )
+        return self.penalty.operands(tf.distribute.get_strategy().num_replicas_in_sync)
+
+    def _training_loss(self, rows, sample_weight, mask, dtype, penalized):
         """The reduced loss, or None if the weights do not simply weigh rows."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         reduction = "sum" if self.reduction == "sum" else "mean"
         weight = apply_mask(sample_weight, mask, dtype=dtype.name, reduction=self.reduction)
         if weight is None:
-            return self._reduced_loss(rows, tf.zeros([0], dtype), reduction, replicas)
+            return self._reduced_loss(rows, tf.zeros([0], dtype), penalized, reduction, replicas)
         if weight.shape.rank == rows.shape.rank + 1 and weight.shape[-1] == 1:
             weight = tf.squeeze(weight, -1)
         if not _broadcasts_to(weight.shape, rows.shape):
@@ -125,7 +170,7 @@ class FusedLoss(keras.losses.Loss):
             weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight) * replicas)
         if not (weight.shape.is_fully_defined() and weight.shape == rows.shape):
             weight = tf.broadcast_to(weight, tf.shape(rows.predictions)[: rows.shape.rank])
-        return self._reduced_loss(rows, weight, reduction, replicas)
+        return self._reduced_loss(rows, weight, penalized, reduction, replicas)
 
 
 def _broadcasts_to(weight, rows):
@@ -139,3 +184,29 @@ def _broadcasts_to(weight, rows):
         return False
     pairs = zip(weight[::-1], rows[::-1], strict=False)
     return all(w == 1 or w == row or (row != 1 and None in (w, row)) for w, row in pairs)
+
+
+def _outputs_with(penalty):
+    """How many outputs of the compiled model that is calling have a loss with this penalty."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CompileLoss.call.__code__:
+            entries = frame.f_locals["self"]._flat_losses
+            return sum(getattr(entry.loss, "penalty", None) is penalty for entry in entries)
+        frame = frame.f_back
+    return 0
+
+
+def load_model(path, **kwargs):
+    """`keras.models.load_model`, which then binds the penalties of the model's losses.
+
+    Args:
+      path, kwargs: as of `keras.models.load_model`.
+    Raises:
+      ValueError: the model has no or several variables of a path that a penalty is on.
+    """
+    model = keras.models.load_model(path, **kwargs)
+    for loss in keras.tree.flatten(model.loss):
+        if isinstance(loss, FusedLoss):
+            loss.bind(model)
+    return model

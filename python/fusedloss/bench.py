@@ -1,7 +1,7 @@
 """How speed, memory and error are measured, for `fusedloss bench` and `benchmarks/`.
 
-Every number is that of a loss and its gradient with respect to the predictions, in one
-`tf.function` whose inputs are arguments: TensorFlow folds a loss of constants away.
+Every number is that of a loss and its gradient with respect to predictions and weights, in one
+`tf.function` whose inputs are arguments and variables: TensorFlow folds a loss of constants away.
 """
 
 import math
@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import fusedloss
 from fusedloss.cases import Case, Goal, Setting
-from fusedloss.cases._case import Loss, Shape
+from fusedloss.cases._case import Loss, Shape, Weights
 
 MODES = ("graph", "xla")
 FUSED = "fusedloss"
@@ -49,9 +49,9 @@ class Timing:
     loss_error: float | None = None
     """|loss - truth| / |truth|."""
     gradient_error: float | None = None
-    """max |gradient - truth| / max |truth|."""
+    """max |gradient - truth| / max |truth|, of the worst of several gradients."""
     extra_bytes: int | None = None
-    """Peak memory of a step above its inputs and its gradient; None where it cannot be read."""
+    """Peak memory of a step above its inputs and gradients; None where it cannot be read."""
 
     @property
     def key(self) -> str:
@@ -137,28 +137,36 @@ def machine() -> dict:
     }
 
 
-def step(loss: Loss, mode: str, targets: tf.Tensor, predictions: tf.Tensor) -> Callable:
-    """(targets, predictions) -> (loss, gradient) in a graph of its own, as a training step has it.
+def step(loss: Loss, mode: str, inputs: tuple, weights: Weights = ()) -> Callable:
+    """(*inputs) -> (loss, gradients) in a graph of its own, as a training step has it.
 
-    Traced for inputs like those given.
+    The gradients are those of the last input, the predictions, and of the weights. Traced for
+    inputs like those given.
     """
 
     @tf.function(jit_compile=mode == "xla")
-    def run(targets, predictions):
+    def run(*inputs):
         with tf.GradientTape() as tape:
-            tape.watch(predictions)
-            value = loss(targets, predictions)
-        return value, tape.gradient(value, predictions)
+            tape.watch(inputs[-1:])
+            value = loss(*inputs)
+        return value, tape.gradient(value, [*inputs[-1:], *weights])
 
-    return run.get_concrete_function(targets, predictions)
+    return run.get_concrete_function(*inputs)
 
 
-def losses_of(case: Case, setting: Setting) -> dict[str, Loss]:
+def losses_of(case: Case, setting: Setting, weights: Weights = ()) -> dict[str, Loss]:
     """The forms that are compared, ours first."""
-    forms = {FUSED: case.fused(setting.shape), **case.stock(setting.shape)}
+    forms = {FUSED: case.fused(setting.shape, weights), **case.stock(setting.shape, weights)}
     if setting.goal.float32:
-        forms[FUSED_FLOAT32] = case.fused(setting.shape)
+        forms[FUSED_FLOAT32] = forms[FUSED]
     return forms
+
+
+def sample(case: Case, setting: Setting) -> tuple[tuple, Weights]:
+    """Inputs and weights of one setting, the same in every process."""
+    rng = np.random.default_rng(0)
+    inputs = case.sample(rng, setting.shape, setting.dtype)
+    return inputs, case.weights(rng, setting.shape, setting.dtype)
 
 
 def calls_per_sample(call: Callable[[], object]) -> int:
@@ -225,30 +233,43 @@ def in_cache_step(case: Case, setting: Setting) -> Callable[[], object] | None:
     return case.raw(*(x.numpy() for x in inputs))
 
 
-def exact(case: Case, targets: np.ndarray, predictions: np.ndarray) -> tuple[float, np.ndarray]:
-    """`case.truth` of the whole batch, in chunks of rows that keep its temporaries small."""
-    rows = len(predictions)
-    gradient = np.empty(predictions.shape)
-    chunk = max(1, TRUTH_BYTES // (gradient[:1].nbytes or 1))
-    loss = 0.0
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        share = len(predictions[part]) / rows
-        part_loss, part_gradient = case.truth(targets[part], predictions[part])
-        loss += share * part_loss
-        gradient[part] = share * part_gradient
-    return loss, gradient
+def exact(case: Case, inputs: list, weights: list) -> tuple[float, list[np.ndarray]]:
+    """Loss and gradients of the whole batch, from NumPy arrays.
+
+    `case.truth` is given chunks of rows that keep its temporaries small.
+    """
+    loss, gradients = 0.0, []
+    if inputs:
+        targets, predictions = inputs
+        rows = len(predictions)
+        gradient = np.empty(predictions.shape)
+        chunk = max(1, TRUTH_BYTES // (gradient[:1].nbytes or 1))
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            share = len(predictions[part]) / rows
+            part_loss, part_gradient = case.truth(targets[part], predictions[part])
+            loss += share * part_loss
+            gradient[part] = share * part_gradient
+        gradients.append(gradient)
+    for weight in weights:
+        value, gradient = case.penalty_truth(weight)
+        loss += value
+        gradients.append(gradient)
+    return loss, gradients
 
 
-def errors(measured: tuple, truth: tuple[float, np.ndarray]) -> tuple[float, float]:
-    """Relative errors of the loss and of the gradient: see Timing."""
-    loss, gradient = float(measured[0]), measured[1].numpy()
-    truth_loss, truth_gradient = truth
-    largest = worst = 0.0
-    for row, truth_row in zip(gradient, truth_gradient, strict=True):
-        worst = max(worst, np.abs(row.astype(np.float64) - truth_row).max())
-        largest = max(largest, np.abs(truth_row).max())
-    return abs(loss - truth_loss) / abs(truth_loss), float(worst / largest)
+def errors(measured: tuple, truth: tuple[float, list[np.ndarray]]) -> tuple[float, float]:
+    """Relative errors of the loss and of the worst gradient: see Timing."""
+    loss, gradients = measured
+    truth_loss, truth_gradients = truth
+    gradient_error = 0.0
+    for gradient, truth_gradient in zip(gradients, truth_gradients, strict=True):
+        largest = worst = 0.0
+        for row, truth_row in zip(gradient.numpy(), truth_gradient, strict=True):
+            worst = max(worst, np.abs(row.astype(np.float64) - truth_row).max())
+            largest = max(largest, np.abs(truth_row).max())
+        gradient_error = max(gradient_error, float(worst / largest))
+    return abs(float(loss) - truth_loss) / abs(truth_loss), gradient_error
 
 
 def blank(case: Case, setting: Setting) -> Result:
@@ -278,15 +299,15 @@ def keys(case: Case, setting: Setting) -> list[str]:
 def prepare(case: Case, setting: Setting) -> tuple[Result, dict[str, Callable[[], object]]]:
     """Everything but the time: a result with the errors, and the calls to be timed by `keys`."""
     result = blank(case, setting)
-    targets, predictions = case.sample(np.random.default_rng(0), setting.shape, setting.dtype)
-    truth = exact(case, targets.numpy(), predictions.numpy())
-    forms = losses_of(case, setting)
+    given, weights = sample(case, setting)
+    truth = exact(case, [x.numpy() for x in given], [x.numpy() for x in weights])
+    forms = losses_of(case, setting, weights)
     calls = {}
     for timing in result.timings:
-        inputs = (targets, predictions)
+        inputs = given
         if timing.form == FUSED_FLOAT32:
-            inputs = [tf.cast(x, "float32") if x.dtype.is_floating else x for x in inputs]
-        run = step(forms[timing.form], timing.mode, *inputs)
+            inputs = [tf.cast(x, "float32") if x.dtype.is_floating else x for x in given]
+        run = step(forms[timing.form], timing.mode, inputs, weights)
         timing.loss_error, timing.gradient_error = errors(run(*inputs), truth)
         calls[timing.key] = lambda run=run, inputs=inputs: run(*inputs)[0].numpy()
     if _core:

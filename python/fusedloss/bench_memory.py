@@ -32,36 +32,36 @@ def _status_bytes(key: str) -> int:
         return int(re.search(rf"^{key}:\s+(\d+) kB", status.read(), re.MULTILINE)[1]) << 10
 
 
-def _extra_bytes(run, targets, predictions) -> int:
-    """Median peak of a step above what the process held before and the gradient it returns."""
+def _extra_bytes(run, inputs) -> int:
+    """Median peak of a step above what the process held before and the gradients it returns."""
     # Warm up on the same shape: code, threads and XLA's compilation are not the step's.
     for _ in range(2):
-        run(targets, predictions)
+        run(*inputs)
     peaks = []
     for _ in range(STEPS):
         with open("/proc/self/clear_refs", "w") as clear:
             clear.write("5")  # VmHWM falls to VmRSS
         before = _status_bytes("VmRSS")
-        _, gradient = run(targets, predictions)
+        _, gradients = run(*inputs)
         peaks.append(_status_bytes("VmHWM") - before)
-        gradient_bytes = gradient.dtype.size * int(np.prod(gradient.shape))
-        del gradient
+        gradient_bytes = sum(x.dtype.size * int(np.prod(x.shape)) for x in gradients)
+        del gradients
     return max(0, int(np.median(peaks)) - gradient_bytes)
 
 
 def _main(words: list[str]) -> None:
-    from fusedloss.bench import MODES, losses_of, parse_shape, step
+    from fusedloss.bench import MODES, losses_of, parse_shape, sample, step
     from fusedloss.cases import CASES, Setting
 
     peaks = []
     for name, shape, dtype in zip(words[0::3], words[1::3], words[2::3], strict=True):
         setting = Setting(parse_shape(shape), dtype)
-        inputs = CASES[name].sample(np.random.default_rng(0), setting.shape, dtype)
+        inputs, weights = sample(CASES[name], setting)
         peaks.append(
             {
-                f"{mode} {form}": _extra_bytes(step(loss, mode, *inputs), *inputs)
+                f"{mode} {form}": _extra_bytes(step(loss, mode, inputs, weights), inputs)
                 for mode in MODES
-                for form, loss in losses_of(CASES[name], setting).items()
+                for form, loss in losses_of(CASES[name], setting, weights).items()
             }
         )
     json.dump(peaks, sys.stdout)

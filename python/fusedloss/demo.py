@@ -1,7 +1,7 @@
 """`fusedloss demo`: the same Keras model trained twice, with Keras's loss and with ours.
 
-The digits are scikit-learn's (real scans, 8×8 pixels). Both models start from the same weights and
-see the same batches, so their loss curves must be one curve.
+The digits (real scans, 8×8 pixels) and the diabetes patients are scikit-learn's. Both models of a
+task start from the same weights and see the same batches, so their loss curves must be one curve.
 """
 
 import time
@@ -12,13 +12,15 @@ import keras
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_diabetes, load_digits
 
+import fusedloss
 from fusedloss import losses, metrics
 
 BATCH, CLASSES = 64, 10
 SUBSET = [3, 5, 8, 9]  # the digits that are mistaken for one another
 SUBSET_WEIGHT, FULL_WEIGHT = 0.8, 0.2
+DELTA, L2 = 1.0, 0.001  # of the regression, in standard deviations of its target
 # Both losses round in the last place of float32, and every step of the optimizer carries it on.
 TOLERANCE = 1e-5
 # A head as wide as a tokenizer's vocabulary, where the loss is a large part of the step.
@@ -31,14 +33,16 @@ class Comparison:
     """Keras's loss and ours for one task."""
 
     title: str
+    unit: str
+    """Of the loss."""
     stock: list[float]
     """Training loss of each epoch under Keras's loss."""
     fused: list[float]
     """The same under ours."""
     metric: str
     """Name of the metric."""
-    accuracy: list[float]
-    """The metric of the two models on images that neither was trained on."""
+    held_out: list[str]
+    """The metric of the two models on examples that neither was trained on."""
     step_ms: list[float]
     """Milliseconds of a training step of the two."""
 
@@ -58,54 +62,42 @@ def naive_mixture(targets, predictions):
     return SUBSET_WEIGHT * part + FULL_WEIGHT * full
 
 
-def _model(activation: str | None) -> keras.Model:
-    keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input([64]),
-            keras.layers.Dense(64, "relu"),
-            keras.layers.Dense(CLASSES, activation),
-        ]
-    )
-
-
 def compare(
     title: str,
-    activation: str | None,
-    stock: Callable,
-    fused: Callable,
+    unit: str,
+    data: tuple[np.ndarray, np.ndarray],
+    models: tuple[keras.Model, keras.Model],
+    losses: tuple[Callable, Callable],
     metric: Callable[[], keras.metrics.Metric],
-    encode: Callable,
+    metric_format: str,
     epochs: int,
 ) -> Comparison:
-    """Trains the same model twice, epoch by epoch in turn.
+    """Trains two equal models, epoch by epoch in turn.
 
     Args:
-      activation: of the last layer.
-      metric: what is measured on the images held out.
-      encode: integer labels -> targets of the two losses.
+      data: inputs and targets, in an order that says nothing; the first fifth is held out.
+      models, losses: of Keras, then ours.
+      metric: what is measured on the examples held out.
     """
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    images, targets = digits.data[order].astype("float32") / 16, encode(digits.target[order])
-    held_out = len(images) // 5
-    models, curves = [], ([], [])
-    for loss in (stock, fused):
-        model = _model(activation)
+    inputs, targets = data
+    held_out = len(inputs) // 5
+    curves = ([], [])
+    for model, loss in zip(models, losses, strict=True):
         model.compile("adam", loss, metrics=[metric()])
-        models.append(model)
     for epoch in range(epochs):
-        batches = held_out + np.random.default_rng(epoch).permutation(len(images) - held_out)
+        batches = held_out + np.random.default_rng(epoch).permutation(len(inputs) - held_out)
         for model, curve in zip(models, curves, strict=True):
             history = model.fit(
-                images[batches], targets[batches], batch_size=BATCH, shuffle=False, verbose=0
+                inputs[batches], targets[batches], batch_size=BATCH, shuffle=False, verbose=0
             )
             curve += history.history["loss"]
-    accuracy = [
-        model.evaluate(images[:held_out], targets[:held_out], verbose=0)[1] for model in models
+    measured = [
+        model.evaluate(inputs[:held_out], targets[:held_out], verbose=0)[1] for model in models
     ]
-    timed_ms = step_ms(models, images, targets, BATCH)
-    return Comparison(title, *curves, metric().name, accuracy, timed_ms)
+    timed_ms = step_ms(models, inputs, targets, BATCH)
+    return Comparison(
+        title, unit, *curves, metric().name, [metric_format.format(x) for x in measured], timed_ms
+    )
 
 
 def step_ms(models: list[keras.Model], images, targets, batch: int) -> list[float]:
@@ -120,28 +112,91 @@ def step_ms(models: list[keras.Model], images, targets, batch: int) -> list[floa
     return list(np.median(samples, axis=0) / (2 * np.ceil(len(images) / batch)))
 
 
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels."""
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    return digits.data[order].astype("float32") / 16, digits.target[order]
+
+
+def _classifier(activation: str | None) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input([64]),
+            keras.layers.Dense(64, "relu"),
+            keras.layers.Dense(CLASSES, activation),
+        ]
+    )
+
+
+def _diabetes() -> tuple[np.ndarray, np.ndarray]:
+    """Ten measurements of each patient and the progression of the disease, both standardised."""
+    patients = load_diabetes()
+    order = np.random.default_rng(0).permutation(len(patients.target))
+    measurements = patients.data[order] / patients.data.std(axis=0)
+    progression = patients.target[order, None]
+    progression = (progression - progression.mean()) / progression.std()
+    return measurements.astype("float32"), progression.astype("float32")
+
+
+def _regressor(regularizer: Callable[[], keras.regularizers.Regularizer | None]) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input([10]),
+            keras.layers.Dense(32, "relu", kernel_regularizer=regularizer()),
+            keras.layers.Dense(1, kernel_regularizer=regularizer()),
+        ]
+    )
+
+
 def comparisons(epochs: int) -> list[Comparison]:
+    images, labels = _digits()
     full = compare(
-        "all classes, from logits",
-        None,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        losses.SparseCategoricalCrossentropy(from_logits=True),
+        "digits: all classes, from logits",
+        "nats",
+        (images, labels),
+        (_classifier(None), _classifier(None)),
+        (
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            losses.SparseCategoricalCrossentropy(from_logits=True),
+        ),
         lambda: keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-        lambda labels: labels,
+        "{:.1%}",
         epochs,
     )
     mixture = compare(
-        f"{SUBSET_WEIGHT} · classes {SUBSET} + {FULL_WEIGHT} · all, from probabilities",
-        "softmax",
-        naive_mixture,
-        losses.CategoricalCrossentropy(
-            subset=SUBSET, subset_weight=SUBSET_WEIGHT, full_weight=FULL_WEIGHT
+        f"digits: {SUBSET_WEIGHT} · classes {SUBSET} + {FULL_WEIGHT} · all, from probabilities",
+        "nats",
+        (images, keras.utils.to_categorical(labels, CLASSES)),
+        (_classifier("softmax"), _classifier("softmax")),
+        (
+            naive_mixture,
+            losses.CategoricalCrossentropy(
+                subset=SUBSET, subset_weight=SUBSET_WEIGHT, full_weight=FULL_WEIGHT
+            ),
         ),
         lambda: metrics.SubsetAccuracy(SUBSET, name="subset accuracy"),
-        lambda labels: keras.utils.to_categorical(labels, CLASSES),
+        "{:.1%}",
         epochs,
     )
-    return [full, mixture]
+    regressor = _regressor(lambda: None)
+    kernels = [layer.kernel for layer in regressor.layers]
+    regression = compare(
+        "diabetes: Huber + L2 of the kernels",
+        "squared standard deviations",
+        _diabetes(),
+        (_regressor(lambda: keras.regularizers.L2(L2)), regressor),
+        (
+            keras.losses.Huber(DELTA),
+            losses.Huber(DELTA, penalty=fusedloss.Penalty(kernels, l2=L2)),
+        ),
+        lambda: keras.metrics.MeanAbsoluteError(name="absolute error"),
+        "{:.3f}",
+        epochs,
+    )
+    return [full, mixture, regression]
 
 
 def wide_step_ms() -> list[float]:
@@ -162,7 +217,7 @@ def plot(compared: list[Comparison], path: str) -> None:
     """Both curves of each comparison, to an image file."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(compared), 4), layout="constrained")
     for axes, comparison in zip(figure.subplots(1, len(compared)), compared, strict=True):
         epochs = np.arange(1, len(comparison.stock) + 1)
         # Ours is drawn over Keras's: wide below, dashed above, both are seen where they agree.
@@ -171,7 +226,7 @@ def plot(compared: list[Comparison], path: str) -> None:
                   marker="o", markersize=4, label="fusedloss")  # fmt: skip
         axes.set_title(comparison.title, fontsize=10)
         axes.set_xlabel("epoch")
-        axes.set_ylabel("training loss, nats")
+        axes.set_ylabel(f"training loss, {comparison.unit}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -181,7 +236,8 @@ def plot(compared: list[Comparison], path: str) -> None:
 def run(epochs: int, path: str, console) -> int:
     """Trains, prints, plots. Returns 0, or 1 if the curves are not one curve."""
     console.print(
-        "scikit-learn's digits; Dense(64) and Dense(10), Adam; same weights, same batches."
+        "scikit-learn's digits and diabetes patients; two Dense layers, Adam; same weights, same "
+        "batches."
     )
     compared = comparisons(epochs)
     for comparison in compared:
@@ -194,14 +250,14 @@ def run(epochs: int, path: str, console) -> int:
             table.add_row(str(epoch), f"{stock:.6f}", f"{fused:.6f}", f"{abs(stock - fused):.0e}")
         console.print(table)
         console.print(
-            "held-out {}: Keras {:.1%}, fusedloss {:.1%}; "
+            "held-out {}: Keras {}, fusedloss {}; "
             "step: Keras {:.2f} ms, fusedloss {:.2f} ms".format(
-                comparison.metric, *comparison.accuracy, *comparison.step_ms
+                comparison.metric, *comparison.held_out, *comparison.step_ms
             )
         )
     stock_ms, fused_ms = wide_step_ms()
     console.print(
-        "\nOn the digits a step is nearly all Python and dispatch: the loss hardly shows. With "
+        "\nOn so small a model a step is nearly all dispatch: the loss hardly shows. With "
         f"{WIDE_CLASSES} classes (random inputs, batch {WIDE_BATCH}, whole training step with its "
         f"matrix products): Keras {stock_ms:.1f} ms, fusedloss {fused_ms:.1f} ms, "
         f"{stock_ms / fused_ms:.1f} times as fast."

@@ -11,12 +11,12 @@ from keras.src.losses.loss import apply_mask, squeeze_or_expand_to_same_rank
 from fusedloss import _lib
 from fusedloss._compiled import CompiledLoss
 from fusedloss._loss import FusedLoss, Rows
+from fusedloss.reference._inputs import check_axis, loss_dtype, same_rank
 from fusedloss.reference.softmax_xent import (
     Formula,
     Subset,
     aligned,
     checked_row_loss,
-    loss_dtype,
     mark_ignored,
     row_loss,
 )
@@ -60,7 +60,8 @@ _COMPILED = CompiledLoss(
         "label_smoothing",
         "epsilon",
     ),
-    row_inputs=2,  # predictions and targets; then class_weight and subset
+    inputs=4,  # predictions and targets; then class_weight and subset
+    row_inputs=2,
     reference=_reference,
 )
 
@@ -194,11 +195,10 @@ class _SoftmaxXent(FusedLoss):
 
     _sparse: bool
 
-    def __init__(self, *, reduction, name, dtype, axis, subset, class_weight, **constants):
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
+    def __init__(self, *, reduction, name, dtype, penalty, axis, subset, class_weight, **constants):
+        super().__init__(reduction=reduction, name=name, dtype=dtype, penalty=penalty)
         self._formula = Formula.parse(subset=subset, class_weight=class_weight, **constants)
-        if isinstance(axis, bool) or not isinstance(axis, int):
-            raise ValueError(f"`axis` must be an integer. Got {axis!r}.")
+        check_axis(axis)
         self._config = {
             "axis": axis,
             "subset": None if subset is None else np.asarray(subset).tolist(),
@@ -212,7 +212,7 @@ class _SoftmaxXent(FusedLoss):
     def _rows(self, y_true, y_pred):
         axis = self._config["axis"]
         targets, predictions, formula = aligned(
-            y_true, y_pred, self._formula, axis=axis, sparse=self._sparse
+            *same_rank(y_true, y_pred), self._formula, axis=axis, sparse=self._sparse
         )
         counted = None
         if formula.ignore_class is not None:
@@ -222,17 +222,17 @@ class _SoftmaxXent(FusedLoss):
     def _row_losses(self, rows):
         return _row_losses(rows.targets, rows.predictions, rows.constants)
 
-    def _reduced_loss(self, rows, row_weight, reduction, replicas):
-        loss, _ = _COMPILED.reduced(
+    def _reduced_loss(self, rows, row_weight, penalized, reduction, replicas):
+        return _COMPILED.reduced(
             rows.predictions,
             rows.targets,
             *rows.constants.arrays(row_weight.dtype),
             row_weight,
+            penalized=penalized,
             reduction=reduction,
             replicas=replicas,
             **_encoded(rows.constants),
         )
-        return loss
 
 
 @keras.saving.register_keras_serializable(package="fusedloss")
@@ -257,8 +257,10 @@ class CategoricalCrossentropy(_SoftmaxXent):
       subset_weight, full_weight: weights of the loss on the subset and of that on all classes. Rows
         outside the subset count in the divisor of a mean.
       class_weight: one constant a class.
+      penalty: a `fusedloss.Penalty` to be added to the loss once a step, or None.
     Raises:
-      ValueError: an argument out of range.
+      ValueError: an argument out of range; a penalty without a reduction; when called, a penalty
+        that is not bound, or that several outputs of a compiled model carry.
 
     Two losses on one output, 0.8 on two of the classes and 0.2 on all:
 
@@ -286,6 +288,7 @@ class CategoricalCrossentropy(_SoftmaxXent):
         subset_weight=1.0,
         full_weight=0.0,
         class_weight=None,
+        penalty=None,
     ):
         super().__init__(
             from_logits=from_logits,
@@ -299,6 +302,7 @@ class CategoricalCrossentropy(_SoftmaxXent):
             subset_weight=subset_weight,
             full_weight=full_weight,
             class_weight=class_weight,
+            penalty=penalty,
         )
         self.from_logits = from_logits
         self.label_smoothing = label_smoothing
@@ -327,9 +331,10 @@ class SparseCategoricalCrossentropy(_SoftmaxXent):
       from_logits: whether `y_pred` are logits; else probabilities.
       ignore_class: rows with this label have loss 0 and are left out of means.
       reduction, axis, name, dtype: as in `CategoricalCrossentropy`.
-      subset, normalize, subset_weight, full_weight, label_smoothing, class_weight: likewise.
+      subset, normalize, subset_weight, full_weight, label_smoothing, class_weight, penalty:
+        likewise.
     Raises:
-      ValueError: an argument out of range.
+      ValueError: likewise.
     """
 
     _sparse = True
@@ -349,6 +354,7 @@ class SparseCategoricalCrossentropy(_SoftmaxXent):
         full_weight=0.0,
         label_smoothing=0.0,
         class_weight=None,
+        penalty=None,
     ):
         super().__init__(
             from_logits=from_logits,
@@ -363,6 +369,7 @@ class SparseCategoricalCrossentropy(_SoftmaxXent):
             full_weight=full_weight,
             label_smoothing=label_smoothing,
             class_weight=class_weight,
+            penalty=penalty,
         )
         self.from_logits = from_logits
         self.ignore_class = ignore_class

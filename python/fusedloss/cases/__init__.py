@@ -1,9 +1,9 @@
 """The cases that `fusedloss bench` and `benchmarks/` measure: one module for each loss."""
 
-from fusedloss.cases import softmax_xent
+from fusedloss.cases import penalty, pointwise, softmax_xent
 from fusedloss.cases._case import Case, Goal, Setting
 
-CASES = {case.name: case for module in (softmax_xent,) for case in module.CASES}
+CASES = {case.name: case for module in (softmax_xent, pointwise, penalty) for case in module.CASES}
 
 
 def select(name: str) -> list[Case]:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import tensorflow as tf
 
 Shape = tuple[int, ...]
-# (targets, predictions) -> scalar loss, the mean over the rows.
+# (targets, predictions) -> scalar loss, the mean over the rows; of a penalty alone () -> scalar.
 Loss = Callable[..., object]
+Weights = list[tf.Variable]
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One loss as it is measured: loss and gradient with respect to the predictions.
+    """One loss as it is measured: loss and gradient with respect to predictions and weights.
 
-    `shape` is the shape of the predictions; its first axis is the batch.
+    `shape` is the shape of the predictions; its first axis is the batch. Of a penalty alone it is
+    (number of variables, size of the largest).
     """
 
     name: str
@@ -48,12 +51,13 @@ class Case:
     """Dtypes of the predictions that the case can be measured with."""
     settings: tuple[Setting, ...]
     sample: Callable[[np.random.Generator, Shape, str], tuple]
-    """(generator, shape, dtype) -> (targets, predictions), tensors."""
-    fused: Callable[[Shape], Loss]
-    stock: Callable[[Shape], dict[str, Loss]]
+    """(generator, shape, dtype) -> (targets, predictions), tensors; of a penalty alone ()."""
+    fused: Callable[[Shape, Weights], Loss]
+    stock: Callable[[Shape, Weights], dict[str, Loss]]
     """The forms a user of Keras would write, by name; the fastest one counts."""
-    truth: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
-    """(targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows."""
+    truth: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]] | None
+    """(targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows; None
+    of a penalty alone."""
     raw: Callable[[np.ndarray, np.ndarray], Callable[[], object] | None] | None
     """(targets, predictions) -> our kernel on them, on one thread and without TensorFlow; None for
     dtypes that `_core` does not take. It is timed where everything stays in the L2 cache."""
@@ -61,3 +65,17 @@ class Case:
     """Bytes that any implementation must read."""
     bytes_written: Callable[[Shape, str], int]
     """Bytes that any implementation must write."""
+    weights: Callable[[np.random.Generator, Shape, str], Weights] = lambda rng, shape, dtype: []
+    """(generator, shape, dtype) -> the penalized variables."""
+    penalty_truth: Callable[[np.ndarray], tuple[float, np.ndarray]] | None = None
+    """A variable's penalty and its gradient, in float64."""
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a number."""
+    return tf.as_dtype(dtype).size
+
+
+def size(shape: Shape) -> int:
+    """Elements of an array."""
+    return int(np.prod(shape))

@@ -5,17 +5,9 @@ import numpy as np
 import tensorflow as tf
 
 from fusedloss import losses
-from fusedloss.cases._case import Case, Goal, Setting
+from fusedloss.cases._case import Case, Goal, Setting, itemsize, size
 
 SUBSET_WEIGHT, FULL_WEIGHT = 0.8, 0.2
-
-
-def _itemsize(dtype):
-    return tf.as_dtype(dtype).size
-
-
-def _size(shape):
-    return int(np.prod(shape))
 
 
 # Sparse labels, logits, all classes.
@@ -61,12 +53,12 @@ SPARSE = Case(
         Setting((1024, 32000), "bfloat16", Goal(float32=0.8)),
     ),
     sample=_sample_sparse,
-    fused=lambda shape: losses.SparseCategoricalCrossentropy(from_logits=True),
-    stock=lambda shape: {"Keras": keras.losses.SparseCategoricalCrossentropy(from_logits=True)},
+    fused=lambda shape, _: losses.SparseCategoricalCrossentropy(from_logits=True),
+    stock=lambda shape, _: {"Keras": keras.losses.SparseCategoricalCrossentropy(from_logits=True)},
     truth=_truth_sparse,
     raw=_raw_sparse,
-    bytes_read=lambda shape, dtype: _size(shape) * _itemsize(dtype) + _size(shape[:-1]) * 4,
-    bytes_written=lambda shape, dtype: _size(shape) * _itemsize(dtype),
+    bytes_read=lambda shape, dtype: size(shape) * itemsize(dtype) + size(shape[:-1]) * 4,
+    bytes_written=lambda shape, dtype: size(shape) * itemsize(dtype),
 )
 
 
@@ -91,12 +83,12 @@ def _sample_mixture(rng, shape, dtype):
 
 
 def _mixture(name, title, subset, goal):
-    def fused(shape):
+    def fused(shape, _):
         return losses.CategoricalCrossentropy(
             subset=subset(shape[-1]), subset_weight=SUBSET_WEIGHT, full_weight=FULL_WEIGHT
         )
 
-    def stock(shape):
+    def stock(shape, _):
         ids = subset(shape[-1])
         mask = np.zeros(shape[-1], np.float32)
         mask[ids] = 1
@@ -144,8 +136,8 @@ def _mixture(name, title, subset, goal):
         stock=stock,
         truth=truth,
         raw=None,
-        bytes_read=lambda shape, dtype: 2 * _size(shape) * _itemsize(dtype),
-        bytes_written=lambda shape, dtype: _size(shape) * _itemsize(dtype),
+        bytes_read=lambda shape, dtype: 2 * size(shape) * itemsize(dtype),
+        bytes_written=lambda shape, dtype: size(shape) * itemsize(dtype),
     )
 
 

@@ -12,22 +12,21 @@ this formula; TensorFlow's own op supposes targets that sum to one, which class 
 
 import dataclasses
 import math
-import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src import backend
 
-FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
-
-
-def _number(name, given):
-    """`given` as a float; ValueError names the argument."""
-    try:
-        return float(given)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be a number. Got {given!r}.") from None
+from fusedloss.reference._inputs import (
+    check_predictions,
+    checked_axis,
+    logits_behind,
+    loss_dtype,
+    number,
+    weight,
+    weights,
+)
 
 
 def _integer(given):
@@ -139,18 +138,15 @@ class Formula:
         """
         if normalize not in ("subset", "full"):
             raise ValueError(f"`normalize` must be 'subset' or 'full'. Got {normalize!r}.")
-        subset_weight = _number("subset_weight", subset_weight)
-        full_weight = _number("full_weight", full_weight)
-        for name, weight in (("subset_weight", subset_weight), ("full_weight", full_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"`{name}` must be finite and at least 0. Got {weight}.")
+        subset_weight = weight("subset_weight", subset_weight)
+        full_weight = weight("full_weight", full_weight)
         if subset is None and (subset_weight, full_weight) != (1, 0):
             raise ValueError(
                 "`subset_weight` and `full_weight` weigh a subset against all classes and need a "
                 f"`subset`. Got {subset_weight} and {full_weight} without one: give a `subset`, or "
                 "leave both out and scale the loss."
             )
-        label_smoothing = _number("label_smoothing", label_smoothing)
+        label_smoothing = number("label_smoothing", label_smoothing)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"`label_smoothing` must lie in [0, 1]. Got {label_smoothing}.")
         if ignore_class is not None:
@@ -158,19 +154,7 @@ class Formula:
             if ignore_class is None:
                 raise ValueError(f"`ignore_class` must be an integer or None. Got {given!r}.")
         if class_weight is not None:
-            given = np.asarray(class_weight)
-            if given.ndim != 1 or given.size == 0 or given.dtype.kind not in "biuf":
-                raise ValueError(
-                    "`class_weight` must be a flat, non-empty list of numbers, one a class. Got "
-                    f"{class_weight!r}."
-                )
-            class_weight = given.astype(np.float64)
-            wrong = np.flatnonzero(~(np.isfinite(class_weight) & (class_weight >= 0)))
-            if wrong.size:
-                raise ValueError(
-                    "`class_weight` must be finite and at least 0. Got "
-                    f"{class_weight[wrong[0]]} at position {wrong[0]}."
-                )
+            class_weight = weights("class_weight", class_weight, "one a class")
         return cls(
             from_logits=bool(from_logits),
             ignore_class=ignore_class,
@@ -211,31 +195,13 @@ class Formula:
         }
 
 
-def loss_dtype(predictions):
-    """float64 for float64 predictions, else float32: sums of half precision are kept in it."""
-    return tf.float64 if predictions.dtype == tf.float64 else tf.float32
-
-
 def _logits_behind(predictions, formula):
-    """Walks back from the output of a softmax to its logits, as Keras does.
-
-    The way through the probabilities loses bits and, where they saturate, the gradient. Keras
-    cannot go back under `ignore_class`; its numbers are kept.
-    """
+    """`logits_behind`. Keras cannot go back under `ignore_class`; its numbers are kept."""
     if formula.ignore_class is not None:
         return predictions, formula
-    logits = getattr(predictions, "_keras_logits", None)
-    is_eager = isinstance(predictions, tf.__internal__.EagerTensor)
-    if logits is None and not is_eager and predictions.op.type == "Softmax":
-        logits = predictions.op.inputs[0]
+    logits = logits_behind(predictions, formula.from_logits, "Softmax")
     if logits is None:
         return predictions, formula
-    if formula.from_logits:
-        warnings.warn(
-            "The loss has `from_logits=True`, but its predictions were produced by a softmax: its "
-            "inputs are taken as the logits. Was this intended?",
-            stacklevel=4,
-        )
     return logits, dataclasses.replace(formula, from_logits=True)
 
 
@@ -275,25 +241,11 @@ def aligned(targets, predictions, formula, *, axis, sparse):
         out of range, a formula that does not fit the number of classes.
       InvalidArgumentError: the last, if the number of classes is only known at run time.
     """
-    if predictions.dtype not in FLOATS:
-        raise TypeError(
-            "The predictions must be float16, bfloat16, float32 or float64. Got "
-            f"{predictions.dtype.name}: cast them."
-        )
+    check_predictions(targets, predictions)
     rank = predictions.shape.rank
-    if rank is None or targets.shape.rank is None:
-        raise ValueError(
-            "The ranks of targets and predictions must be known. Got shapes "
-            f"{targets.shape} and {predictions.shape}: set them with `tf.ensure_shape`."
-        )
     if rank == 0:
         raise ValueError("The predictions must have an axis of classes. Got a scalar.")
-    if isinstance(axis, bool) or not isinstance(axis, int) or not -rank <= axis < rank:
-        raise ValueError(
-            f"`axis` must be an integer in [{-rank}, {rank}) for predictions of shape "
-            f"{predictions.shape}. Got {axis!r}."
-        )
-    axis %= rank
+    axis = checked_axis(axis, predictions)
     if sparse:
         if targets.shape.rank == rank and targets.shape[axis] == 1:
             targets = tf.squeeze(targets, axis)
