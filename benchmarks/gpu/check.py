@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 import xent
+from kernels import sums_dtype
 
 import truth
 
@@ -66,7 +67,7 @@ FORMS = [case for case in PRODUCT if _is_possible(case)]
 def sample(case, shape, dtype, generator, device):
     """Predictions, targets, form and cotangents."""
     rows, classes = shape
-    sums = xent.sums_dtype(dtype)
+    sums = sums_dtype(dtype)
     source = {"generator": generator, "device": device}
 
     def uniform(low, high, *size):
@@ -109,7 +110,7 @@ def run(kernels, x, targets, form, cotangents, row_weight, scale, offset=0):
     Raises:
       AssertionError: two runs differ, or an element is not written.
     """
-    sums = xent.sums_dtype(x.dtype)
+    sums = sums_dtype(x.dtype)
     found = []
     for poison in POISON:
 
@@ -198,7 +199,7 @@ def check_inputs(report, kernels, inputs, number, reference_device):
     x, targets, cotangents = there(x), there(targets), there(cotangents)
     row_weight = there(row_weight)
     form = {key: there(value) for key, value in form.items()}
-    sums = xent.sums_dtype(dtype)
+    sums = sums_dtype(dtype)
     loss, gradient, loss_terms, gradient_terms = exact(x, targets, form)
     ones = torch.ones_like(cotangents)
     weights = (ones if row_weight is None else row_weight) * torch.tensor(scale, dtype=sums)
@@ -312,8 +313,8 @@ def check_zeros(kernels, device, shape, dtype, dense, form):
     x = torch.randn(shape).to(dtype).to(device)
     targets = torch.zeros(shape[0], dtype=torch.int64, device=device)
     if dense:
-        targets = torch.zeros(shape, dtype=xent.sums_dtype(dtype), device=device)
-    ones = torch.ones(shape[0], dtype=xent.sums_dtype(dtype), device=device)
+        targets = torch.zeros(shape, dtype=sums_dtype(dtype), device=device)
+    ones = torch.ones(shape[0], dtype=sums_dtype(dtype), device=device)
     for what, tensor in run(kernels, x, targets, form, ones, None, 1.0).items():
         assert (tensor == 0).all(), f"{what} is not 0"
 
@@ -321,7 +322,7 @@ def check_zeros(kernels, device, shape, dtype, dense, form):
 def check_unordered_subset(kernels, device, dtype, classes, ids, sparse, full_weight):
     """Ids that descend, repeat or do not exist: every row is NaN."""
     x = torch.randn(9, classes).to(dtype).to(device)
-    sums = xent.sums_dtype(dtype)
+    sums = sums_dtype(dtype)
     targets = torch.zeros(9, dtype=torch.int64, device=device)
     if not sparse:
         targets = torch.full(x.shape, 1 / classes, dtype=sums, device=device)

@@ -19,12 +19,24 @@ import tensorflow as tf
 import truth
 
 WARM_UP_LAPS, LAPS = 2, 10
-SUBSET_WEIGHT, FULL_WEIGHT = 0.8, 0.2
+SUBSET_WEIGHT, FULL_WEIGHT, L2 = 0.8, 0.2, 0.01
+KERNEL_SIZE = 2048
 CHECKED_ROWS = 4
+
+
+POINTWISE = {  # the Keras class and that of truth.py
+    "Huber": (keras.losses.Huber(), "huber"),
+    "Huber + L2": (keras.losses.Huber(), "huber"),
+    "binary logits": (keras.losses.BinaryCrossentropy(from_logits=True), "binary_crossentropy"),
+}
 
 
 def mean_losses(case, ids):
     """The mean loss as users write it: {name: fn(targets, predictions)}."""
+    if case["kind"] in POINTWISE:
+        return {"": POINTWISE[case["kind"]][0]}
+    if case["kind"] == "L2":
+        return {"": None}
     if case["kind"] == "labels":
         return {"": keras.losses.SparseCategoricalCrossentropy(from_logits=True)}
     mask = np.isin(np.arange(case["classes"]), ids)
@@ -57,8 +69,20 @@ def mean_losses(case, ids):
 
 
 def sample(case):
-    shape = (case["rows"], case["classes"])
+    """Targets, or None, and what has gradients: predictions, if there are targets, and weights."""
+    shape, dtype = (case["rows"], case["classes"]), case["dtype"]
+    weights = [
+        tf.cast(tf.random.normal((KERNEL_SIZE, KERNEL_SIZE), stddev=0.02), dtype)
+        for _ in range(case["kernels"])
+    ]
+    if case["kind"] == "L2":
+        return None, weights
     x = tf.random.normal(shape)
+    if case["kind"] in POINTWISE:
+        targets = tf.random.normal(shape)
+        if case["kind"] == "binary logits":
+            targets = targets > 0
+        return tf.cast(targets, dtype), [tf.cast(x, dtype), *weights]
     if case["kind"] == "mixture of probabilities":
         x = tf.nn.softmax(x)
     if case["kind"] == "labels":
@@ -66,33 +90,49 @@ def sample(case):
     else:
         targets = tf.random.uniform(shape)
         targets /= tf.reduce_sum(targets, axis=-1, keepdims=True)
-    return targets, tf.cast(x, case["dtype"])
+    return targets, [tf.cast(x, dtype)]
 
 
 def lap_of(loss):
     @tf.function(jit_compile=True)
     def lap(batches):
         values, gradients = [], []
-        for targets, x in batches:
+        for targets, leaves in batches:
             with tf.GradientTape() as tape:
-                tape.watch(x)
-                values.append(loss(targets, x))
-            gradients.append(tape.gradient(values[-1], x))
+                tape.watch(leaves)
+                weights, value = leaves, 0.0
+                if targets is not None:
+                    value, weights = loss(targets, leaves[0]), leaves[1:]
+                for weight in weights:
+                    value += L2 * tf.reduce_sum(tf.square(tf.cast(weight, tf.float32)))
+                values.append(value)
+            gradients.append(tape.gradient(value, leaves))
         return values, gradients
 
     return lap
 
 
-def gradient_error(case, ids, batch, gradient):
+def gradient_error(case, ids, batch, gradients):
     """Relative error of the first rows, in the sum of absolute values."""
-    targets, x = (part[:CHECKED_ROWS] for part in batch)
-    form = {}
-    if case["kind"] != "labels":
-        form = {"subset": ids, "subset_weight": SUBSET_WEIGHT, "full_weight": FULL_WEIGHT}
-        form["from_logits"] = case["kind"] == "mixture of logits"
-    x = tf.cast(x, tf.float64).numpy()
-    right = truth.softmax_xent(x, targets.numpy(), **form)[1] / case["rows"]
-    found = tf.cast(gradient[:CHECKED_ROWS], tf.float64).numpy()
+
+    def first_rows(tensors):
+        return tf.cast(tensors[0][:CHECKED_ROWS], tf.float64).numpy()
+
+    targets, x = batch[0], first_rows(batch[1])
+    if case["kind"] == "L2":
+        right = 2 * L2 * x
+    elif case["kind"] in POINTWISE:
+        form = {"from_logits": True} if case["kind"] == "binary logits" else {}
+        y = first_rows([targets])
+        right = truth.pointwise(POINTWISE[case["kind"]][1], x, y, **form)[1] / case["rows"]
+    else:
+        form = {}
+        if case["kind"] != "labels":
+            form = {"subset": ids, "subset_weight": SUBSET_WEIGHT, "full_weight": FULL_WEIGHT}
+            form["from_logits"] = case["kind"] == "mixture of logits"
+        y = targets[:CHECKED_ROWS].numpy()
+        right = truth.softmax_xent(x, y, **form)[1] / case["rows"]
+    found = first_rows(gradients)
     return float(np.abs(found - right).sum() / np.abs(right).sum())
 
 

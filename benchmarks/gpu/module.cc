@@ -3,13 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/penalty.h"
+#include "kernels/pointwise.h"
 #include "kernels/softmax_xent.h"
 
 namespace py = pybind11;
@@ -72,7 +76,8 @@ T* Read(const py::object& array, const char* name, const Shape& expected) {
   return DeviceArray(array, name).As<T>(TypesOf<std::remove_const_t<T>>(), expected);
 }
 
-// The arguments that all three passes share; `form` holds class_weight, subset and the options.
+// The arguments that all passes of softmax_xent share; `form` holds class_weight, subset and the
+// options.
 template <typename T>
 SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& targets,
                             const py::kwargs& form) {
@@ -116,6 +121,50 @@ SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& tar
       options.full_weight = given.cast<double>();
     } else if (name == "label_smoothing") {
       options.label_smoothing = given.cast<double>();
+    } else {
+      throw py::type_error("unknown argument " + name);
+    }
+  }
+  return args;
+}
+
+// The arguments that all passes of pointwise share; `form` holds the arrays of the outputs and the
+// numbers.
+template <typename T, typename Y>
+PointwiseArgs<T, Y> ReadPointwiseArgs(const py::object& predictions, const py::object& targets,
+                                      const std::string& kind, const py::kwargs& form) {
+  using A = Accumulator<T>;
+  static const std::vector<std::string> kKinds = {"huber",
+                                                  "squared",
+                                                  "absolute",
+                                                  "log_cosh",
+                                                  "quantile",
+                                                  "binary_logits",
+                                                  "binary_probabilities"};
+  PointwiseArgs<T, Y> args{};
+  DeviceArray given(predictions, "predictions");
+  if (given.shape.size() != 2) given.Refuse("must be [rows, outputs]");
+  args.rows = given.shape[0];
+  args.outputs = given.shape[1];
+  args.predictions = given.As<const T>(TypesOf<T>(), given.shape);
+  DeviceArray wanted(targets, "targets");
+  args.one_target_a_row = wanted.shape.size() == 1;
+  args.targets =
+      wanted.As<const Y>(TypesOf<Y>(), args.one_target_a_row ? Shape{args.rows} : given.shape);
+  const auto known = std::find(kKinds.begin(), kKinds.end(), kind);
+  if (known == kKinds.end()) throw py::value_error("unknown kind " + kind);
+  args.kind = static_cast<Pointwise>(known - kKinds.begin());
+  for (std::pair<py::handle, py::handle> item : form) {
+    std::string name = item.first.cast<std::string>();
+    py::object value = py::reinterpret_borrow<py::object>(item.second);
+    if (value.is_none()) {
+      continue;
+    } else if (name == "parameter") {
+      args.parameter = value.cast<double>();
+    } else if (name == "output_weights") {
+      args.output_weights = Read<const A>(value, "output_weights", {args.outputs});
+    } else if (name == "quantiles") {
+      args.quantiles = Read<const A>(value, "quantiles", {args.outputs});
     } else {
       throw py::type_error("unknown argument " + name);
     }
@@ -231,18 +280,123 @@ void Reduced(const std::string& dtype, const py::object& predictions, const py::
   });
 }
 
+// Calls fn with a T of that name and a Y of the elements of `targets`.
+template <typename Fn>
+void WithTypes(const std::string& dtype, const py::object& targets, Fn&& fn) {
+  WithType(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (DeviceArray(targets, "targets").Is(TypesOf<T>())) {
+      fn(T{}, T{});
+    } else {
+      fn(T{}, Accumulator<T>{});
+    }
+  });
+}
+
+void Loss(const std::string& dtype, const py::object& predictions, const py::object& targets,
+          const std::string& kind, const py::object& loss, uintptr_t stream,
+          const py::kwargs& form) {
+  WithTypes(dtype, targets, [&](auto element, auto target) {
+    using T = decltype(element);
+    auto args = ReadPointwiseArgs<T, decltype(target)>(predictions, targets, kind, form);
+    Workspace workspace(stream);
+    Check(PointwiseLoss(workspace.gpu(), args, Read<Accumulator<T>>(loss, "loss", {args.rows})));
+  });
+}
+
+void LossGrad(const std::string& dtype, const py::object& predictions, const py::object& targets,
+              const std::string& kind, const py::object& dloss, const py::object& dpredictions,
+              uintptr_t stream, const py::kwargs& form) {
+  WithTypes(dtype, targets, [&](auto element, auto target) {
+    using T = decltype(element);
+    auto args = ReadPointwiseArgs<T, decltype(target)>(predictions, targets, kind, form);
+    Workspace workspace(stream);
+    Check(PointwiseGrad(workspace.gpu(), args,
+                        Read<const Accumulator<T>>(dloss, "dloss", {args.rows}),
+                        Read<T>(dpredictions, "dpredictions", {args.rows, args.outputs})));
+  });
+}
+
+void LossReduced(const std::string& dtype, const py::object& predictions, const py::object& targets,
+                 const std::string& kind, const py::object& row_weight, double scale,
+                 const py::object& loss, const py::object& gradient, uintptr_t stream,
+                 const py::kwargs& form) {
+  WithTypes(dtype, targets, [&](auto element, auto target) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    auto args = ReadPointwiseArgs<T, decltype(target)>(predictions, targets, kind, form);
+    const A* weight =
+        row_weight.is_none() ? nullptr : Read<const A>(row_weight, "row_weight", {args.rows});
+    Workspace workspace(stream);
+    Check(PointwiseReduced(workspace.gpu(), args, weight, scale, Read<A>(loss, "loss", {1}),
+                           Read<T>(gradient, "gradient", {args.rows, args.outputs})));
+  });
+}
+
+// Both arrays may be None.
+template <typename A>
+void RunPenalty(const std::vector<PenaltyVariable>& variables, const double* coefficients,
+                const py::object& dpenalty, const py::object& penalty, uintptr_t stream) {
+  PenaltyArgs<A> args{};
+  args.variables = variables.data();
+  args.count = static_cast<int64_t>(variables.size());
+  args.coefficients = coefficients;
+  if (!dpenalty.is_none()) args.dpenalty = Read<const A>(dpenalty, "dpenalty", {1});
+  if (!penalty.is_none()) args.penalty = Read<A>(penalty, "penalty", {1});
+  Workspace workspace(stream);
+  Check(Penalty(workspace.gpu(), args));
+}
+
+// variables: (dtype, values, gradient or None) each.
+void PenaltyOf(const std::vector<std::tuple<std::string, py::object, py::object>>& variables,
+               const std::vector<std::pair<double, double>>& coefficients,
+               const py::object& dpenalty, const py::object& penalty, uintptr_t stream) {
+  static const std::vector<std::string> kTypes = {"float32", "float64", "float16", "bfloat16"};
+  if (coefficients.size() != variables.size()) throw py::value_error("one pair a variable");
+  std::vector<PenaltyVariable> read;
+  std::vector<double> flat;
+  bool in_double = false;
+  for (size_t k = 0; k < variables.size(); ++k) {
+    const auto& [dtype, values, gradient] = variables[k];
+    WithType(dtype, [&](auto element) {
+      using T = decltype(element);
+      DeviceArray array(values, "values");
+      PenaltyVariable variable{};
+      variable.type =
+          static_cast<FloatType>(std::find(kTypes.begin(), kTypes.end(), dtype) - kTypes.begin());
+      variable.size = 1;
+      for (int64_t size : array.shape) variable.size *= size;
+      variable.values = array.As<const T>(TypesOf<T>(), array.shape);
+      if (!gradient.is_none()) variable.gradient = Read<T>(gradient, "gradient", array.shape);
+      read.push_back(variable);
+      in_double = in_double || std::is_same_v<T, double>;
+    });
+    flat.push_back(coefficients[k].first);
+    flat.push_back(coefficients[k].second);
+  }
+  if (in_double) {
+    RunPenalty<double>(read, flat.data(), dpenalty, penalty, stream);
+  } else {
+    RunPenalty<float>(read, flat.data(), dpenalty, penalty, stream);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(fusedloss_gpu, m) {
   m.doc() =
       "The CUDA kernels on device arrays. `dtype` is the word for that of the predictions, whose "
       "bfloat16 comes as 16-bit integers; `stream` is a cudaStream_t as an integer; the other "
-      "keywords are those of SoftmaxXentOptions, class_weight and subset. RuntimeError holds the "
-      "words of CUDA.";
+      "keywords are the optional arguments of the kernel's header. RuntimeError holds the words of "
+      "CUDA.";
   m.def("softmax_xent_stats", &Stats, "Numbers a row in `stats`.");
   m.def("softmax_xent", &Forward, "Writes loss and stats.");
   m.def("softmax_xent_grad", &Grad, "Writes dpredictions.");
   m.def("softmax_xent_reduced", &Reduced, "Writes loss and gradient.");
+  m.def("pointwise", &Loss, "Writes loss.");
+  m.def("pointwise_grad", &LossGrad, "Writes dpredictions.");
+  m.def("pointwise_reduced", &LossReduced, "Writes loss and gradient.");
+  m.def("penalty", &PenaltyOf, "Writes penalty and gradients, as far as they are given.");
 }
 
 }  // namespace fusedloss

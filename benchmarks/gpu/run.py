@@ -94,9 +94,11 @@ def machine():
 def check(kernels, seed, sanitized):
     """Prints what was checked; returns a document for JSON."""
     import check as checks
+    import check_pointwise
 
     reference = "cpu" if sanitized else "cuda"
     report = checks.check_all(kernels, seed, "cuda", reference, sanitized)
+    check_pointwise.check_all(report, kernels, seed, "cuda", reference, sanitized)
     counts = ", ".join(f"{count} {group}" for group, count in report.counts.items())
     print(f"Checked (seed {seed}): {counts}.")
     if not sanitized:
@@ -168,9 +170,9 @@ def main():
         document["sanitizer"] = sanitize()
         passed &= all(verdict["passed"] for verdict in document["sanitizer"].values())
     import fusedloss_gpu
-    import xent
+    from kernels import Kernels
 
-    kernels = xent.Kernels(fusedloss_gpu)
+    kernels = Kernels(fusedloss_gpu)
     if arguments.check or everything:
         seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
         document["check"] = check(kernels, seed, arguments.small)

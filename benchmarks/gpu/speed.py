@@ -13,66 +13,16 @@ import statistics
 import subprocess
 
 import torch
-import xent
+from cases import CASES, Xent, relative_error
 
 WARM_UP_LAPS, MIN_LAPS, LAPS = 3, 8, 20
 ENOUGH_MS = 1000  # of laps, if there were MIN_LAPS
-LAP_BYTES = 1 << 29  # of predictions; many times any L2
-MAX_BATCHES = 24
 SLEEP_CYCLES = 10_000_000  # 5 ms at 2 GHz: longer than it takes to enqueue a lap
 COPY_BYTES = 1 << 31
-CHECKED_ROWS = 32  # at each end
-CHECKED_ELEMENTS = 1 << 25  # in float64 at a time
 # Relative error in the sum of absolute values: for a softmax the label weighs as much as the rest.
 OWN_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 # PyTorch rounds log-probabilities of 12 nats to bfloat16.
 THEIR_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-4}
-SUBSET_WEIGHT, FULL_WEIGHT = 0.8, 0.2
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A row of the table."""
-
-    kind: str  # "labels", "mixture of logits" or "mixture of probabilities"
-    rows: int
-    classes: int
-    dtype: torch.dtype
-    share_goal: float  # of the bandwidth of a copy
-    ratio_goal: float  # against the best of the others
-
-    @property
-    def name(self):
-        return f"{self.kind} {self.rows}×{self.classes} {str(self.dtype).removeprefix('torch.')}"
-
-    @property
-    def predictions_bytes(self):
-        return self.rows * self.classes * self.dtype.itemsize
-
-    @property
-    def batches(self):
-        return max(2, min(MAX_BATCHES, LAP_BYTES // self.predictions_bytes))
-
-    @property
-    def moved_bytes(self):
-        """Predictions read, gradient written, and int64 labels or float32 targets read."""
-        targets = 8 * self.rows if self.kind == "labels" else 4 * self.rows * self.classes
-        return 2 * self.predictions_bytes + targets
-
-
-CASES = [
-    Case(kind, rows, classes, dtype, share, ratio)
-    for kind, rows, classes, share, ratio in (
-        ("labels", 8192, 128256, 0.85, 1.3),
-        ("labels", 4096, 32000, 0.85, 1.2),
-        ("labels", 16384, 4096, 0.85, 1.2),
-        ("labels", 65536, 1000, 0.75, 1.0),
-        ("labels", 1048576, 10, 0.75, 1.0),
-        ("mixture of logits", 8192, 32000, 0.80, 2.0),
-        ("mixture of probabilities", 8192, 32000, 0.80, 2.0),
-    )
-    for dtype in (torch.bfloat16, torch.float32)
-]
 
 
 @dataclasses.dataclass
@@ -81,11 +31,11 @@ class Timing:
     percentile_20_ms: float
     percentile_80_ms: float
     waited_for_host: bool  # some lap was not enqueued in time: the time holds some of Python's
-    result: tuple  # loss and gradient of the first batch
+    result: tuple  # loss and gradients of the first batch
 
 
 def time_laps(step, batches, before=None):
-    """Times step(batch number), which returns loss and gradient; `before` each lap is not timed."""
+    """Times step(batch number) -> loss, gradients. What is called `before` a lap is not timed."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     kept, times_ms, late = [None] * batches, [], 0
     for lap in range(WARM_UP_LAPS + LAPS):
@@ -116,85 +66,15 @@ def copy_bandwidth():
     return 2 * COPY_BYTES / (timing.ms * 1e-3)
 
 
-def sample(case):
-    """Batches of predictions and targets, and the ids of a scattered fifth of the classes."""
-    shape, batches = (case.rows, case.classes), []
-    for _ in range(case.batches):
-        x = torch.randn(shape, device="cuda")
-        if case.kind == "mixture of probabilities":
-            x = x.softmax(-1)
-        if case.kind == "labels":
-            targets = torch.randint(case.classes, (case.rows,), device="cuda")
-        else:
-            # Soft: with one-hot ones a form that skips zeros would look better than it is.
-            targets = torch.rand(shape, device="cuda")
-            targets /= targets.sum(-1, keepdim=True)
-        batches.append((x.to(case.dtype), targets))
-    ids = torch.randperm(case.classes, device="cuda")[: case.classes // 5].sort()[0]
-    return batches, ids
-
-
-def own_form(case, ids):
-    if case.kind == "labels":
-        return {}
-    return {
-        "from_logits": case.kind == "mixture of logits",
-        "subset": ids, "subset_weight": SUBSET_WEIGHT, "full_weight": FULL_WEIGHT,
-    }  # fmt: skip
-
-
-def own_step(kernels, case, batches, form):
-    def step(i):
-        x, targets = batches[i]
-        loss, gradient = torch.empty(1, device="cuda"), torch.empty_like(x)
-        kernels.reduced(x, targets, form, None, 1 / case.rows, loss, gradient)
-        return loss, gradient
-
-    return step
-
-
-def torch_losses(case, ids):
-    """The mean loss as users write it: {name: fn(predictions, targets)}."""
-    if case.kind == "labels":
-        return {"": torch.nn.functional.cross_entropy}
-    inside = torch.zeros(case.classes, dtype=torch.bool, device="cuda")
-    inside[ids] = True
-
-    def from_logits(z, y, counted=None):
-        if counted is None:
-            return -(y * z.log_softmax(-1)).sum(-1)
-        log_sum = z.masked_fill(~counted, -torch.inf).logsumexp(-1, keepdim=True)
-        return (torch.where(counted, y, 0) * (log_sum - z)).sum(-1)
-
-    def from_probabilities(p, y, counted=None):
-        if counted is not None:
-            p, y = p * counted, y * counted
-        q = (p / p.sum(-1, keepdim=True)).clamp(xent.EPSILON, 1 - xent.EPSILON)
-        return -(y * q.log()).sum(-1)
-
-    loss = from_logits if case.kind == "mixture of logits" else from_probabilities
-
-    def gathered(x, y):
-        x = x.float()
-        part = loss(x[:, ids], y[:, ids])
-        return (SUBSET_WEIGHT * part + FULL_WEIGHT * loss(x, y)).mean()
-
-    def masked(x, y):
-        x = x.float()
-        return (SUBSET_WEIGHT * loss(x, y, inside) + FULL_WEIGHT * loss(x, y)).mean()
-
-    return {" (gather)": gathered, " (mask)": masked}
-
-
-def torch_steps(case, batches, ids):
+def torch_steps(case, batches, form):
     """Steps of eager and compiled torch: {name: step}."""
 
     def backward_of(loss):
-        leaves = [x.detach().requires_grad_() for x, _ in batches]
+        leaves = [[leaf.detach().requires_grad_() for leaf in leaves] for leaves, _ in batches]
 
         def step(i):
             value = loss(leaves[i], batches[i][1])
-            return value, torch.autograd.grad(value, leaves[i])[0]
+            return value, torch.autograd.grad(value, leaves[i])
 
         return step
 
@@ -202,18 +82,29 @@ def torch_steps(case, batches, ids):
         compiled = torch.compile(torch.func.grad_and_value(loss), dynamic=False)
 
         def step(i):
-            gradient, value = compiled(*batches[i])
-            return value, gradient
+            gradients, value = compiled(*batches[i])
+            return value, gradients
 
         return step
 
     steps = {}
-    for name, loss in torch_losses(case, ids).items():
+    for name, loss in case.torch_losses(form).items():
         steps["eager" + name] = backward_of(loss)
         steps["compile" + name] = backward_of(torch.compile(loss, dynamic=False))
-        # Loss and gradient compiled together: less traffic than a loss and its backward pass.
+        # Loss and gradients compiled together: less traffic than a loss and its backward pass.
         steps["one graph" + name] = one_graph_of(loss)
     return steps
+
+
+def copy_step(batches):
+    """A copy of what has gradients."""
+    copies = [[torch.empty_like(leaf) for leaf in leaves] for leaves, _ in batches]
+
+    def step(i):
+        torch._foreach_copy_(copies[i], batches[i][0])
+        return None, copies[i]
+
+    return step
 
 
 def liger_step(case, batches):
@@ -230,9 +121,9 @@ def liger_step(case, batches):
             return lambda **arguments: launches.append((grid, arguments))
 
     cross_entropy.liger_cross_entropy_kernel = Recorder()
-    overwritten = [x.clone().requires_grad_() for x, _ in batches]
+    overwritten = [x.clone().requires_grad_() for (x,), _ in batches]
     try:
-        for x, (_, labels) in zip(overwritten, batches, strict=True):
+        for x, (_, (labels,)) in zip(overwritten, batches, strict=True):
             cross_entropy.cross_entropy_forward(
                 x, labels, None, -100, 0.0, 0.0, "mean", None, False
             )
@@ -242,52 +133,23 @@ def liger_step(case, batches):
     def step(i):
         grid, arguments = launches[i]
         kernel[grid](**arguments)
-        return arguments["loss_ptr"].sum(), overwritten[i].detach()
+        return arguments["loss_ptr"].sum(), [overwritten[i].detach()]
 
     def restore():
         with torch.no_grad():
-            for x, (logits, _) in zip(overwritten, batches, strict=True):
+            for x, ((logits,), _) in zip(overwritten, batches, strict=True):
                 x.copy_(logits)
 
     return step, restore
 
 
-def relative_error(found, right):
-    """Of gradients, in the sum of absolute values, a few rows at a time."""
-    error = size = 0.0
-    for a, b in zip(found.split(512), right.split(512), strict=True):
-        error += (a.float() - b.float()).abs().sum(dtype=torch.float64)
-        size += b.float().abs().sum(dtype=torch.float64)
-    return float(error / size)
-
-
-def own_error(case, batch, form, result):
-    """The larger relative error of loss and gradient against float64; of the gradient's ends."""
-    (x, targets), (loss, gradient) = batch, result
-    arguments = {"from_logits": True, **form}
-    total, error = 0.0, 0.0
-    step = max(1, CHECKED_ELEMENTS // case.classes)
-    for start in range(0, case.rows, step):
-        part = slice(start, start + step)
-        total += xent.row_loss(x[part], targets[part], torch.float64, **arguments).sum().item()
-    for part in (slice(0, CHECKED_ROWS), slice(case.rows - CHECKED_ROWS, case.rows)):
-        scales = torch.full((CHECKED_ROWS,), 1 / case.rows, dtype=torch.float64, device="cuda")
-        inputs = x[part].double(), targets[part], torch.float64, scales, arguments
-        right = xent.row_loss_and_gradient(*inputs)[1]
-        error = max(error, relative_error(gradient[part].double(), right))
-    mean = total / case.rows
-    return max(error, abs(loss.item() - mean) / abs(mean))
-
-
 def measure(kernels, case, note):
     """Times of everything in this process: {name: Timing}, ours under "ours"; ours is right."""
-    batches, ids = sample(case)
-    form = own_form(case, ids)
-    steps = {"ours": (own_step(kernels, case, batches, form), None)}
-    copies = [torch.empty_like(x) for x, _ in batches]
-    steps["copy"] = (lambda i: (None, copies[i].copy_(batches[i][0])), None)
-    steps |= {name: (step, None) for name, step in torch_steps(case, batches, ids).items()}
-    if case.kind == "labels":
+    batches, form = case.sample()
+    steps = {"ours": (lambda i: case.own(kernels, batches[i], form), None)}
+    steps["copy"] = (copy_step(batches), None)
+    steps |= {name: (step, None) for name, step in torch_steps(case, batches, form).items()}
+    if isinstance(case, Xent) and case.kind == "labels":
         try:
             steps["Liger"] = liger_step(case, batches)
         except ImportError as error:
@@ -304,17 +166,17 @@ def measure(kernels, case, note):
             words = str(error).partition("\n")[0]
             note(f"{case.name}: {name} failed: {type(error).__name__}: {words}")
             continue
-        loss, gradient = timing.result
+        loss, gradients = timing.result
         timing.result = None
         if name == "ours":
-            ours = loss, gradient
-            error = own_error(case, batches[0], form, ours)
+            ours = loss.sum().item(), gradients
+            error = case.own_error(batches[0], form, ours)
             assert error <= OWN_TOLERANCE[case.dtype], f"{case.name}: ours is off by {error:.3g}"
         elif name == "copy":
-            assert torch.equal(gradient, batches[0][0])
+            assert all(map(torch.equal, gradients, batches[0][0]))
         else:
-            error = relative_error(gradient, ours[1])
-            error = max(error, abs(loss.item() - ours[0].item()) / abs(ours[0].item()))
+            error = relative_error(gradients, ours[1])
+            error = max(error, abs(loss.item() - ours[0]) / abs(ours[0]))
             if not error <= THEIR_TOLERANCE[case.dtype]:
                 note(f"{case.name}: {name} differs by {error:.3g} and does not count")
                 continue
@@ -369,8 +231,8 @@ def judge(case, times_ms, bandwidth):
         "case": case.name,
         "moved_bytes": case.moved_bytes,
         "roof_ms": roof_ms,
-        # At the size of the predictions, for the bytes of the case.
-        "copy_ms": times_ms["copy"] * case.moved_bytes / (2 * case.predictions_bytes),
+        # In arrays of the sizes of the case, for its bytes.
+        "copy_ms": times_ms["copy"] * case.moved_bytes / (2 * case.leaves_bytes),
         "times_ms": times_ms,
         "share": share,
         "share_goal": case.share_goal,
@@ -401,7 +263,7 @@ def lines_of(results, bandwidth, notes):
     lines = [
         f"Loss + gradient, ms. MB: what must move; roof: that at {bandwidth / 1e9:.0f} GB/s, the",
         "bandwidth of a 2 GiB copy, read and written; share: roof over ours. copy: as many bytes,",
-        "copied in arrays of the size of the predictions. ratio: over ours, the best of",
+        "copied in arrays of the sizes of what has gradients. ratio: over ours, the best of",
         f"{', '.join(RIVALS)}.",
     ]
     for first, *cells in rows:

@@ -1,55 +1,13 @@
-"""Softmax cross-entropy on torch tensors: the compiled kernels, and the plain formula beside them.
+"""Softmax cross-entropy in plain torch.
 
-A form of the loss is a dict of the keywords of both: from_logits, ignore_class, subset (int64 ids,
-ascending), normalize_full, subset_weight, full_weight, label_smoothing, class_weight.
+A form of the loss is a dict of the keywords of `row_loss`, which are the kernels' too: from_logits,
+ignore_class, subset (int64 ids, ascending), normalize_full, subset_weight, full_weight,
+label_smoothing, class_weight.
 """
 
 import torch
 
 EPSILON = 1e-7  # Keras's, of probabilities
-
-
-def sums_dtype(dtype):
-    """What sums over elements of a dtype are held in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def device_array(tensor):
-    """`tensor` as the kernels' module takes it: bfloat16 has no type string there."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def stream():
-    return torch.cuda.current_stream().cuda_stream
-
-
-class Kernels:
-    """The three passes of the module `fusedloss_gpu`, each into tensors that the caller made."""
-
-    def __init__(self, module):
-        self._module = module
-
-    def _call(self, name, x, *arguments, **form):
-        def given(value):
-            return device_array(value) if isinstance(value, torch.Tensor) else value
-
-        dtype = str(x.dtype).removeprefix("torch.")
-        form = {key: given(value) for key, value in form.items()}
-        return getattr(self._module, name)(dtype, *map(given, (x, *arguments)), **form)
-
-    def stats_per_row(self, x, targets, form):
-        return self._call("softmax_xent_stats", x, targets, **form)
-
-    def forward(self, x, targets, form, loss, stats):
-        self._call("softmax_xent", x, targets, loss, stats, stream(), **form)
-
-    def grad(self, x, targets, form, dloss, stats, dx):
-        self._call("softmax_xent_grad", x, targets, dloss, stats, dx, stream(), **form)
-
-    def reduced(self, x, targets, form, row_weight, scale, loss, dx):
-        self._call(
-            "softmax_xent_reduced", x, targets, row_weight, scale, loss, dx, stream(), **form
-        )
 
 
 def row_loss(
