@@ -34,7 +34,7 @@ def _bytes(shape, dtype):
 CASES = (
     Case(
         name="penalty/l2",
-        title="L2 of so many square variables, the largest of so many rows",
+        title="L2 of square variables, number × largest side",
         rank=2,
         dtypes=("float32", "float64", "bfloat16"),
         settings=(Setting((200, 512), goal=Goal(graph=2.5, xla=1.5, floor=1.3)),),
