@@ -1,18 +1,34 @@
 // The GPU kernels on a CPU, for tests to call through ctypes.
 #include "kernels/gpu.cuh"
+#include "kernels/penalty.h"
+#include "kernels/pointwise.h"
 #include "kernels/softmax_xent.h"
 
 namespace fusedloss {
 namespace {
 
-// Mirrored in test_gpu_kernels.py.
-struct Arguments {
+// These are mirrored in test_gpu_kernels.py.
+struct SoftmaxXentArguments {
   int64_t rows, classes, subset_size, ignore_class;
   int64_t from_logits, normalize_full, has_ignore_class;
   double subset_weight, full_weight, label_smoothing, epsilon, scale;
   const void *predictions, *labels32, *labels64, *targets, *class_weight, *subset;
   const void *dloss, *row_weight;
   void *loss, *stats, *gradient;
+};
+struct PointwiseArguments {
+  int64_t rows, outputs, one_target_a_row, kind;
+  double parameter, epsilon, scale;
+  const void *predictions, *targets, *output_weights, *quantiles;
+  const void *dloss, *row_weight;
+  void *loss, *gradient;
+};
+struct PenaltyArguments {
+  const PenaltyVariable* variables;
+  int64_t count;
+  const double* coefficients;
+  const void* dpenalty;
+  void* penalty;
 };
 
 // As much memory as the contract promises to suffice, and no more.
@@ -38,7 +54,7 @@ struct Workspace {
 };
 
 template <typename T>
-GpuError Run(int op, const Arguments& from) {
+GpuError Run(int op, const SoftmaxXentArguments& from) {
   using A = Accumulator<T>;
   SoftmaxXentArgs<T> args{};
   args.rows = from.rows;
@@ -70,6 +86,43 @@ GpuError Run(int op, const Arguments& from) {
   }
 }
 
+template <typename T, typename Y>
+GpuError Run(int op, const PointwiseArguments& from) {
+  using A = Accumulator<T>;
+  PointwiseArgs<T, Y> args{};
+  args.rows = from.rows;
+  args.outputs = from.outputs;
+  args.predictions = static_cast<const T*>(from.predictions);
+  args.targets = static_cast<const Y*>(from.targets);
+  args.one_target_a_row = from.one_target_a_row != 0;
+  args.output_weights = static_cast<const A*>(from.output_weights);
+  args.quantiles = static_cast<const A*>(from.quantiles);
+  args.kind = static_cast<Pointwise>(from.kind);
+  args.parameter = from.parameter;
+  args.epsilon = from.epsilon;
+  Workspace workspace(op == 2 ? PointwiseWorkspace(args.rows, args.outputs) : 0);
+  Gpu gpu{nullptr, Workspace::Allocate, &workspace};
+  auto* loss = static_cast<A*>(from.loss);
+  auto* gradient = static_cast<T*>(from.gradient);
+  switch (op) {
+    case 0:
+      return PointwiseLoss<T, Y>(gpu, args, loss);
+    case 1:
+      return PointwiseGrad<T, Y>(gpu, args, static_cast<const A*>(from.dloss), gradient);
+    default:
+      return PointwiseReduced<T, Y>(gpu, args, static_cast<const A*>(from.row_weight), from.scale,
+                                    loss, gradient);
+  }
+}
+
+template <typename A>
+GpuError Run(const PenaltyArguments& from) {
+  Workspace workspace(PenaltyWorkspace(from.count));
+  Gpu gpu{nullptr, Workspace::Allocate, &workspace};
+  return Penalty<A>(gpu, {from.variables, from.count, from.coefficients,
+                          static_cast<const A*>(from.dpenalty), static_cast<A*>(from.penalty)});
+}
+
 }  // namespace
 }  // namespace fusedloss
 
@@ -79,7 +132,8 @@ extern "C" void emulate(int64_t shared_memory_limit, int has_clusters, int runs_
 
 // op: 0 forward, 1 backward, 2 reduced; dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16. Null if
 // all went well.
-extern "C" const char* run(int op, int dtype, const fusedloss::Arguments* arguments) {
+extern "C" const char* run_softmax_xent(int op, int dtype,
+                                        const fusedloss::SoftmaxXentArguments* arguments) {
   switch (dtype) {
     case 0:
       return fusedloss::Run<float>(op, *arguments);
@@ -90,4 +144,25 @@ extern "C" const char* run(int op, int dtype, const fusedloss::Arguments* argume
     default:
       return fusedloss::Run<fusedloss::BFloat16>(op, *arguments);
   }
+}
+
+// wide_targets: of the type of sums, where that is another one.
+extern "C" const char* run_pointwise(int op, int dtype, int wide_targets,
+                                     const fusedloss::PointwiseArguments* arguments) {
+  using fusedloss::BFloat16, fusedloss::Half, fusedloss::Run;
+  switch (dtype) {
+    case 0:
+      return Run<float, float>(op, *arguments);
+    case 1:
+      return Run<double, double>(op, *arguments);
+    case 2:
+      return wide_targets ? Run<Half, float>(op, *arguments) : Run<Half, Half>(op, *arguments);
+    default:
+      return wide_targets ? Run<BFloat16, float>(op, *arguments)
+                          : Run<BFloat16, BFloat16>(op, *arguments);
+  }
+}
+
+extern "C" const char* run_penalty(int in_double, const fusedloss::PenaltyArguments* arguments) {
+  return in_double ? fusedloss::Run<double>(*arguments) : fusedloss::Run<float>(*arguments);
 }

@@ -52,7 +52,6 @@ struct EmulatedCluster {
 struct Fiber {
   static constexpr int kStackBytes = 128 << 10;
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   EmulatedBlock* block;
   int thread;
   bool done = false;
@@ -62,6 +61,7 @@ inline EmulatedCluster* cluster_now = nullptr;
 inline Fiber* fiber_now = nullptr;
 inline ucontext_t scheduler;
 inline int64_t progress = 0;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of fibers, by all launches
 inline std::function<void()> kernel_now;
 
 inline void WaitFor(Barrier& barrier, int expected) {
@@ -153,6 +153,19 @@ A Min(A a, A b) {
   return std::fmin(a, b);
 }
 
+template <typename A>
+A Abs(A x) {
+  return std::fabs(x);
+}
+template <typename A>
+A WithSign(A size, A x) {
+  return std::copysign(size, x);
+}
+template <typename A>
+A Reciprocal(A x) {
+  return 1 / x;
+}
+
 inline void CheckAligned(const void* memory) {
   if (reinterpret_cast<uintptr_t>(memory) % 16 == 0) return;
   std::fprintf(stderr, "16 bytes at an address that is not aligned to them\n");
@@ -199,8 +212,9 @@ inline void RunCluster() {
       auto fiber = std::make_unique<Fiber>();
       fiber->block = block.get();
       fiber->thread = thread;
+      if (stacks.size() == fibers.size()) stacks.emplace_back(new char[Fiber::kStackBytes]);
       getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_sp = stacks[fibers.size()].get();
       fiber->context.uc_stack.ss_size = Fiber::kStackBytes;
       makecontext(&fiber->context, RunFiber, 0);
       fibers.push_back(std::move(fiber));

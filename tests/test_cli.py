@@ -75,7 +75,7 @@ def test_bench_records_every_form_in_both_modes(measured):
     assert {"cpu", "threads", "tensorflow", "keras"} <= set(document["machine"])
     assert [result["case"] for result in document["results"]] == list(CASES)
     for result in document["results"]:
-        stock = set(CASES[result["case"]].stock(tuple(result["shape"])))
+        stock = set(CASES[result["case"]].stock(tuple(result["shape"]), []))
         for mode in bench.MODES:
             forms = {t["form"] for t in result["timings"] if t["mode"] == mode}
             assert forms == stock | {"fusedloss"}
@@ -112,32 +112,40 @@ def test_report_renders_what_pytest_benchmark_wrote(tmp_path, capsys):
     assert "32×10 float32" in capsys.readouterr().out.splitlines()[-1]
 
 
-def _sample(case, shape):
-    return [x.numpy() for x in case.sample(np.random.default_rng(1), shape, "float32")]
+def assert_is_the_derivative(gradient, loss, at):
+    for index in np.ndindex(at.shape):
+        low, high = at.copy(), at.copy()
+        low[index] -= 1e-6
+        high[index] += 1e-6
+        slope = (loss(high) - loss(low)) / 2e-6
+        assert math.isclose(slope, gradient[index], rel_tol=1e-5, abs_tol=1e-8)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_truth_is_the_derivative_of_its_loss(case):
-    shape = (3, 12)
-    targets, predictions = _sample(case, shape)
-    predictions = predictions.astype(np.float64)
-    _, gradient = case.truth(targets, predictions)
-    for index in np.ndindex(shape):
-        low, high = predictions.copy(), predictions.copy()
-        low[index] -= 1e-6
-        high[index] += 1e-6
-        slope = (case.truth(targets, high)[0] - case.truth(targets, low)[0]) / 2e-6
-        assert math.isclose(slope, gradient[index], rel_tol=1e-5, abs_tol=1e-8)
+    rng, shape = np.random.default_rng(1), (3, 12)
+    if case.truth:
+        targets, predictions = (x.numpy() for x in case.sample(rng, shape, "float32"))
+        predictions = predictions.astype(np.float64)
+        _, gradient = case.truth(targets, predictions)
+        assert_is_the_derivative(gradient, lambda x: case.truth(targets, x)[0], predictions)
+    if case.penalty_truth:
+        weight = rng.normal(size=shape)
+        _, gradient = case.penalty_truth(weight)
+        assert_is_the_derivative(gradient, lambda w: case.penalty_truth(w)[0], weight)
 
 
 def test_truth_in_chunks_is_truth_at_once(monkeypatch):
-    case = CASES["softmax_xent/sparse"]
-    targets, predictions = _sample(case, (7, 5))
+    case = CASES["pointwise/huber_penalty"]
+    rng = np.random.default_rng(1)
+    inputs = [x.numpy() for x in case.sample(rng, (7, 5), "float32")]
+    weights = [rng.normal(size=(4, 3)), rng.normal(size=6)]
     monkeypatch.setattr(bench, "TRUTH_BYTES", 2 * 5 * 8)
-    loss, gradient = bench.exact(case, targets, predictions)
-    whole_loss, whole_gradient = case.truth(targets, predictions)
-    assert math.isclose(loss, whole_loss, rel_tol=1e-12)
-    np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-12)
+    loss, gradients = bench.exact(case, inputs, weights)
+    whole = [case.truth(*inputs), *map(case.penalty_truth, weights)]
+    assert math.isclose(loss, sum(value for value, _ in whole), rel_tol=1e-12)
+    for gradient, (_, whole_gradient) in zip(gradients, whole, strict=True):
+        np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-12)
 
 
 def test_every_round_times_every_call_once(monkeypatch):

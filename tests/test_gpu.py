@@ -25,7 +25,19 @@ def registered(op):
     return {kernel.device_type for kernel in kernels.get_registered_kernels_for_op(op).kernel}
 
 
-@pytest.mark.parametrize("op", ["SoftmaxXent", "SoftmaxXentGrad", "SoftmaxXentReduced"])
+OPS = [
+    *(
+        name + suffix
+        for name in ("SoftmaxXent", "Pointwise")
+        for suffix in ("", "Grad", "Reduced", "ReducedPenalized")
+    ),
+    "Penalty",
+    "PenaltyGrad",
+    "PenaltyReduced",
+]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_kernel_for_every_device_of_the_build(op):
     from fusedloss import _core
 

@@ -46,7 +46,7 @@ FACTORS = {
 }  # fmt: skip
 
 
-class Arguments(ctypes.Structure):
+class SoftmaxXentArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "rows", "classes", "subset_size", "ignore_class",
@@ -62,34 +62,101 @@ class Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+class PointwiseArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "outputs", "one_target_a_row", "kind")),
+        *((name, ctypes.c_double) for name in ("parameter", "epsilon", "scale")),
+        *((name, ctypes.c_void_p) for name in (
+            "predictions", "targets", "output_weights", "quantiles", "dloss", "row_weight",
+            "loss", "gradient",
+        )),
+    ]  # fmt: skip
+
+
+class PenaltyVariable(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int), ("size", ctypes.c_int64), ("values", ctypes.c_void_p),
+        ("gradient", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class PenaltyArguments(ctypes.Structure):
+    _fields_ = [
+        ("variables", ctypes.POINTER(PenaltyVariable)), ("count", ctypes.c_int64),
+        ("coefficients", ctypes.c_void_p), ("dpenalty", ctypes.c_void_p),
+        ("penalty", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "emulated_gpu.so"
-    sources = [ROOT / "csrc/kernels/softmax_xent_gpu.cu", ROOT / "tests/emulated_gpu.cc"]
+    build = tmp_path_factory.mktemp("emulator")
     compiler = shutil.which("g++")
     assert compiler, "the package is built with g++"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DFUSEDLOSS_EMULATED_GPU",
-         "-fsanitize=alignment,bounds,signed-integer-overflow",
-         "-fsanitize-undefined-trap-on-error",
-         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-x", "c++", *sources, "-o", library],
-        check=True,
-    )  # fmt: skip
+    sources = [*ROOT.glob("csrc/kernels/*_gpu.cu"), ROOT / "tests/emulated_gpu.cc"]
+    objects = [build / f"{source.stem}.o" for source in sources]
+    flags = [
+        "-std=c++17", "-O1", "-w", "-fPIC", "-DFUSEDLOSS_EMULATED_GPU",
+        "-fsanitize=alignment,bounds,signed-integer-overflow",
+        "-fsanitize-undefined-trap-on-error", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}",
+    ]  # fmt: skip
+    compilers = [
+        subprocess.Popen([compiler, *flags, "-x", "c++", "-c", source, "-o", built])
+        for source, built in zip(sources, objects, strict=True)
+    ]
+    assert not any([running.wait() for running in compilers])
+    library = build / "emulated_gpu.so"
+    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
     loaded = ctypes.CDLL(str(library))
-    loaded.run.restype = ctypes.c_char_p
+    for function in (loaded.run_softmax_xent, loaded.run_pointwise, loaded.run_penalty):
+        function.restype = ctypes.c_char_p
     return loaded
 
 
-class Kernels:
-    """One case on the emulated GPU. Arrays have a guard behind them, and outputs begin as NaN."""
+class Arrays:
+    """Arrays of an emulated GPU, with a guard behind each. Outputs begin as NaN."""
 
     GUARD = 16  # elements
 
-    def __init__(self, emulator, predictions, targets, *, offset=0, **options):
-        self._emulator, self._offset = emulator, offset
+    def __init__(self, offset=0):
+        self._offset = offset
         self._keep = []
+
+    def place(self, array):
+        """The address of a copy, 16-byte aligned and then `offset` elements on."""
+        return self.copy(array).ctypes.data
+
+    def copy(self, array):
+        size, itemsize = array.size, array.dtype.itemsize
+        lead = 16 // itemsize
+        memory = np.full((size + self.GUARD + 2 * lead + self._offset) * itemsize, 0xFF, np.uint8)
+        start = -memory.ctypes.data % 16 + self._offset * itemsize
+        placed = memory[start : start + size * itemsize].view(array.dtype)
+        placed[:] = array.ravel()
+        self._keep.append((memory, start + size * itemsize))
+        return placed
+
+    def output(self, size, dtype):
+        dtype = np.dtype(dtype)
+        return self.copy(np.full(size * dtype.itemsize, 0xFF, np.uint8).view(dtype))
+
+    def check_guards(self):
+        for memory, end in self._keep:
+            assert (memory[end:] == 0xFF).all(), "wrote beyond an array"
+
+
+def sums_dtype(dtype):
+    return np.dtype("float64" if dtype == "float64" else "float32")
+
+
+class SoftmaxXent:
+    """One case of softmax_xent on the emulated GPU."""
+
+    def __init__(self, emulator, predictions, targets, *, offset=0, **options):
+        self._emulator, self._arrays = emulator, Arrays(offset)
+        place = self._arrays.place
         self._dtype = predictions.dtype
-        self._sums = np.float64 if self._dtype == np.float64 else np.float32
+        self._sums = sums_dtype(self._dtype)
         self._rows, self._classes = predictions.shape
         subset = options.get("subset")
         self._rich = any(options.get(key) is not None for key in ("subset", "class_weight"))
@@ -99,7 +166,7 @@ class Kernels:
         weight = options.get("class_weight")
         kind = {"int32": "labels32", "int64": "labels64"}.get(str(targets.dtype), "targets")
         ignored = options.get("ignore_class")
-        self._arguments = Arguments(
+        self._arguments = SoftmaxXentArguments(
             rows=self._rows,
             classes=self._classes,
             subset_size=0 if subset is None else len(subset),
@@ -112,49 +179,30 @@ class Kernels:
             label_smoothing=options.get("label_smoothing", 0.0),
             epsilon=truth.EPSILON,
             scale=1.0,
-            predictions=self._place(predictions),
-            class_weight=None if weight is None else self._place(weight.astype(self._sums)),
-            subset=None if subset is None else self._place(subset),
-            **{kind: self._place(targets)},
+            predictions=place(predictions),
+            class_weight=None if weight is None else place(weight.astype(self._sums)),
+            subset=None if subset is None else place(subset),
+            **{kind: place(targets)},
         )
 
-    def _place(self, array):
-        """The address of a copy, 16-byte aligned and then `offset` elements on."""
-        return self._guarded(array).ctypes.data
-
-    def _guarded(self, array):
-        size, itemsize = array.size, array.dtype.itemsize
-        lead = 16 // itemsize
-        memory = np.full((size + self.GUARD + 2 * lead + self._offset) * itemsize, 0xFF, np.uint8)
-        start = -memory.ctypes.data % 16 + self._offset * itemsize
-        placed = memory[start : start + size * itemsize].view(array.dtype)
-        placed[:] = array.ravel()
-        self._keep.append((memory, start + size * itemsize))
-        return placed
-
-    def _output(self, size, dtype):
-        dtype = np.dtype(dtype)
-        return self._guarded(np.full(size * dtype.itemsize, 0xFF, np.uint8).view(dtype))
-
     def _run(self, op, **pointers):
-        arguments = Arguments.from_buffer_copy(self._arguments)
+        arguments = SoftmaxXentArguments.from_buffer_copy(self._arguments)
         for name, value in pointers.items():
             setattr(arguments, name, value)
         code = DTYPES.index(str(self._dtype))
-        error = self._emulator.run(op, code, ctypes.byref(arguments))
+        error = self._emulator.run_softmax_xent(op, code, ctypes.byref(arguments))
         assert error is None, error
-        for memory, end in self._keep:
-            assert (memory[end:] == 0xFF).all(), "wrote beyond an array"
+        self._arrays.check_guards()
 
     def general(self, cotangents):
         """The loss of every row, and the gradient for the cotangents, by two ops."""
-        loss = self._output(self._rows, self._sums)
-        stats = self._output(self._rows * (5 if self._rich else 2), self._sums)
+        loss = self._arrays.output(self._rows, self._sums)
+        stats = self._arrays.output(self._rows * (5 if self._rich else 2), self._sums)
         self._run(FORWARD, loss=loss.ctypes.data, stats=stats.ctypes.data)
-        gradient = self._output(self._rows * self._classes, self._dtype)
+        gradient = self._arrays.output(self._rows * self._classes, self._dtype)
         self._run(
             BACKWARD,
-            dloss=self._place(cotangents),
+            dloss=self._arrays.place(cotangents),
             stats=stats.ctypes.data,
             gradient=gradient.ctypes.data,
         )
@@ -162,11 +210,11 @@ class Kernels:
 
     def reduced(self, row_weight=None, scale=1.0):
         """The weighted sum of the losses times scale, and its gradient, by one op."""
-        loss = self._output(1, self._sums)
-        gradient = self._output(self._rows * self._classes, self._dtype)
+        loss = self._arrays.output(1, self._sums)
+        gradient = self._arrays.output(self._rows * self._classes, self._dtype)
         self._run(
             REDUCED,
-            row_weight=None if row_weight is None else self._place(row_weight),
+            row_weight=None if row_weight is None else self._arrays.place(row_weight),
             scale=scale,
             loss=loss.ctypes.data,
             gradient=gradient.ctypes.data,
@@ -204,7 +252,7 @@ def test_every_form_agrees_with_the_truth(emulator, values):
     spread = np.abs(cotangents).max(initial=0)
     if not case["from_logits"]:
         terms = max(terms, 1)  # the bound 1 − ε is itself rounded
-    kernels = Kernels(emulator, predictions, targets, **arguments)
+    kernels = SoftmaxXent(emulator, predictions, targets, **arguments)
 
     loss, gradient = kernels.general(cotangents)
     check_error(loss, exact, terms, sums_epsilon, "loss")
@@ -235,7 +283,7 @@ def test_memory_that_is_not_aligned_gives_the_same(on_hopper, shape, dtype):
     logits, labels = logits_and_labels(rng, shape, dtype)
     cotangents = rng.normal(size=shape[:-1]).astype("float64" if dtype == "float64" else "float32")
     exact, exact_gradient, terms, gradient_terms = truth.with_terms(logits, labels)
-    loss, gradient = Kernels(on_hopper, logits, labels, offset=1).general(cotangents)
+    loss, gradient = SoftmaxXent(on_hopper, logits, labels, offset=1).general(cotangents)
     check_error(loss, exact, terms, EPSILONS[str(cotangents.dtype)], "loss")
     pulled = exact_gradient * cotangents[:, None].astype(np.longdouble)
     spread = np.abs(cotangents).max()
@@ -249,11 +297,13 @@ def test_a_label_out_of_range_is_nan_and_an_ignored_one_0(on_hopper, classes, ri
     logits, labels = logits_and_labels(rng, (5, classes))
     labels[1:4] = [classes, -1, -7]
     options = {"ignore_class": -1, "label_smoothing": 0.1 if rich else 0.0}
-    loss, gradient = Kernels(on_hopper, logits, labels, **options).general(np.ones(5, np.float32))
+    loss, gradient = SoftmaxXent(on_hopper, logits, labels, **options).general(
+        np.ones(5, np.float32)
+    )
     assert np.isnan(loss[[1, 3]]).all() and np.isnan(gradient[[1, 3]]).all()
     assert loss[2] == 0 and (gradient[2] == 0).all()
     assert np.isfinite(loss[[0, 4]]).all() and np.isfinite(gradient[[0, 4]]).all()
-    total, _ = Kernels(on_hopper, logits, labels, **options).reduced()
+    total, _ = SoftmaxXent(on_hopper, logits, labels, **options).reduced()
     assert np.isnan(total)
 
 
@@ -264,9 +314,9 @@ def test_a_subset_that_is_no_subset_is_nan(on_hopper, subset, full_weight):
     logits, labels = logits_and_labels(rng, (3, 5000))
     labels[1] = -1
     options = {"full_weight": full_weight, "ignore_class": -1}
-    kernels = Kernels(on_hopper, logits, labels, subset=np.arange(2), **options)
+    kernels = SoftmaxXent(on_hopper, logits, labels, subset=np.arange(2), **options)
     wrong = np.array(subset, np.int64)
-    kernels._arguments.subset = kernels._place(wrong)
+    kernels._arguments.subset = kernels._arrays.place(wrong)
     loss, gradient = kernels.general(np.ones(3, np.float32))
     assert np.isnan(loss[[0, 2]]).all() and np.isnan(gradient[[0, 2]]).all()
     assert loss[1] == 0 and (gradient[1] == 0).all()
@@ -276,7 +326,7 @@ def test_a_bad_label_is_nan_in_all_classes_of_a_gathered_row(on_hopper):
     rng = np.random.default_rng(5)
     logits, labels = logits_and_labels(rng, (4, 3000))
     labels[:] = [7, 3000, -1, 20]
-    kernels = Kernels(on_hopper, logits, labels, subset=[7, 20, 31], ignore_class=-1)
+    kernels = SoftmaxXent(on_hopper, logits, labels, subset=[7, 20, 31], ignore_class=-1)
     loss, gradient = kernels.general(np.ones(4, np.float32))
     assert np.isnan(loss[1]) and np.isnan(gradient[1]).all()
     assert loss[2] == 0 and (gradient[2] == 0).all()
@@ -291,7 +341,7 @@ def test_gathered_half_precision_with_dense_targets(on_hopper, dtype):
     targets = rng.random((3, 3001)).astype(np.float32)
     options = {"subset": [1, 5, 3000]}
     exact, exact_gradient, terms, gradient_terms = truth.with_terms(predictions, targets, **options)
-    total, gradient = Kernels(on_hopper, predictions, targets, **options).reduced()
+    total, gradient = SoftmaxXent(on_hopper, predictions, targets, **options).reduced()
     check_error([total], exact.sum(), max(terms, np.abs(exact).max()) * 3, 2**-23, "sum")
     check_error(gradient, exact_gradient, gradient_terms, EPSILONS[dtype], "gradient")
 
@@ -302,14 +352,14 @@ def test_tiles_of_many_rows_fit_an_old_gpu(emulator, classes):
     rng = np.random.default_rng(7)
     logits, labels = logits_and_labels(rng, (9000, classes))
     exact, _ = truth.softmax_xent(logits[:50], labels[:50])
-    loss, _ = Kernels(emulator, logits, labels).general(np.ones(9000, np.float32))
+    loss, _ = SoftmaxXent(emulator, logits, labels).general(np.ones(9000, np.float32))
     np.testing.assert_allclose(loss[:50], exact.astype(np.float64), rtol=1e-6)
 
 
 def test_negative_probabilities_have_shares_too(on_hopper):
     predictions = -np.ones((2, 4), np.float32)
     targets = np.eye(4, dtype=np.float32)[:2]
-    kernels = Kernels(on_hopper, predictions, targets, from_logits=False)
+    kernels = SoftmaxXent(on_hopper, predictions, targets, from_logits=False)
     loss, _ = kernels.general(np.ones(2, np.float32))
     np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
 
@@ -321,7 +371,7 @@ def test_nan_and_inf_stay_in_their_row(on_hopper, classes, value):
     logits, labels = logits_and_labels(rng, (3, classes))
     labels[:] = 0
     logits[1, classes - 1] = value
-    loss, gradient = Kernels(on_hopper, logits, labels).general(np.ones(3, np.float32))
+    loss, gradient = SoftmaxXent(on_hopper, logits, labels).general(np.ones(3, np.float32))
     assert np.isfinite(loss[[0, 2]]).all() and np.isfinite(gradient[[0, 2]]).all()
     if value == -np.inf:  # a class that cannot be
         assert np.isfinite(loss[1]) and gradient[1, classes - 1] == 0
@@ -334,6 +384,301 @@ def test_many_rows_are_summed_in_two_stages(on_hopper):
     logits, labels = logits_and_labels(rng, (40000, 3))
     weights = rng.normal(size=40000).astype(np.float32)
     exact, _ = truth.softmax_xent(logits, labels)
-    total, _ = Kernels(on_hopper, logits, labels).reduced(weights)
+    total, _ = SoftmaxXent(on_hopper, logits, labels).reduced(weights)
     largest = np.abs(exact * weights).sum()
     check_error([total], (exact * weights).sum(), largest, EPSILONS["float32"], "sum")
+
+
+# ---- The pointwise losses.
+
+KINDS = {  # in the order of the enum
+    "huber": ("huber", "delta", {}),
+    "squared": ("mean_squared_error", None, {}),
+    "absolute": ("mean_absolute_error", None, {}),
+    "log cosh": ("log_cosh", None, {}),
+    "quantile": ("quantile", "quantile", {}),
+    "logits": ("binary_crossentropy", "label_smoothing", {"from_logits": True}),
+    "probabilities": ("binary_crossentropy", "label_smoothing", {"from_logits": False}),
+}
+POINTWISE_FACTORS = {
+    # Rows of one lane to 32, of whole tiles and of blocks of their own, aligned and not; more than
+    # a tile of elements.
+    "shape": [
+        (1, 1), (300, 1), (3, 2), (37, 10), (500, 3), (16, 32), (5, 33), (9, 101), (70, 128),
+        (5, 1000), (3, 4100), (2, 9001), (8191, 2), (1, 20000), (2, 32768),
+    ],
+    "dtype": DTYPES,
+    "kind": list(KINDS),
+    "targets": ["own", "sums", "one a row"],
+    "output_weights": [False, True],
+    "quantiles": [False, True],
+    "row_weight": [False, True],
+    "parameter": [0.1, 0.7],
+    "offset": [0, 0, 1],
+    "runs_backwards": [False, True],
+}  # fmt: skip
+
+
+def pointwise_case(rng, shape, dtype, kind, targets="own"):
+    """Predictions and targets of the kind, away from its corners."""
+    numpy_dtype = tf.as_dtype(dtype).as_numpy_dtype
+    binary = kind in ("logits", "probabilities")
+    y = rng.random((shape[0], 1) if targets == "one a row" else shape)
+    y = np.round(y) if binary else 3 * y
+    y = y.astype(numpy_dtype if targets == "own" else sums_dtype(dtype))
+    if kind == "probabilities":
+        return rng.uniform(0.01, 0.99, shape).astype(numpy_dtype), y
+    scale = np.exp(rng.uniform(-4, 1, shape))
+    p = scale * rng.normal(size=shape) * (3 if kind == "logits" else 1)
+    return (p if binary else y.astype("float64") + p).astype(numpy_dtype), y
+
+
+class Pointwise:
+    """One case of pointwise on the emulated GPU."""
+
+    def __init__(
+        self, emulator, kind, p, y, *, parameter=0.5, output_weights=None, quantiles=None, offset=0
+    ):
+        self._emulator, self._arrays = emulator, Arrays(offset)
+        self._dtype, self._sums = p.dtype, sums_dtype(p.dtype)
+        self._rows, self._outputs = p.shape
+        self._wide_targets = y.dtype != p.dtype
+
+        def given(values):
+            return None if values is None else self._arrays.place(values.astype(self._sums))
+
+        self._arguments = PointwiseArguments(
+            rows=self._rows,
+            outputs=self._outputs,
+            one_target_a_row=y.shape[1] == 1 != p.shape[1],
+            kind=list(KINDS).index(kind),
+            parameter=parameter,
+            epsilon=truth.EPSILON,
+            predictions=self._arrays.place(p),
+            targets=self._arrays.place(y),
+            output_weights=given(output_weights),
+            quantiles=given(quantiles),
+        )
+
+    def _run(self, op, **arguments):
+        for name, value in arguments.items():
+            setattr(self._arguments, name, value)
+        error = self._emulator.run_pointwise(
+            op, DTYPES.index(str(self._dtype)), self._wide_targets, ctypes.byref(self._arguments)
+        )
+        assert error is None, error
+        self._arrays.check_guards()
+
+    def _gradient(self):
+        return self._arrays.output(self._rows * self._outputs, self._dtype)
+
+    def general(self, dloss):
+        """The loss of every row, and the gradient for the cotangents, by two ops."""
+        loss, gradient = self._arrays.output(self._rows, self._sums), self._gradient()
+        self._run(FORWARD, loss=loss.ctypes.data)
+        self._run(BACKWARD, dloss=self._arrays.place(dloss), gradient=gradient.ctypes.data)
+        return loss, gradient.reshape(self._rows, self._outputs)
+
+    def reduced(self, row_weight=None, scale=1.0):
+        """The weighted sum of the losses times scale, and its gradient, by one op."""
+        loss, gradient = self._arrays.output(1, self._sums), self._gradient()
+        self._run(
+            REDUCED,
+            row_weight=None if row_weight is None else self._arrays.place(row_weight),
+            scale=scale,
+            loss=loss.ctypes.data,
+            gradient=gradient.ctypes.data,
+        )
+        return loss[0], gradient.reshape(self._rows, self._outputs)
+
+
+def _is_possible_pointwise(values):
+    case = dict(zip(POINTWISE_FACTORS, values, strict=False))
+    return case.get("kind", "quantile") == "quantile" or not case.get("quantiles", False)
+
+
+@pytest.mark.parametrize(
+    "values",
+    list(AllPairs(list(POINTWISE_FACTORS.values()), filter_func=_is_possible_pointwise)),
+)
+def test_every_pointwise_form_agrees_with_the_truth(emulator, values):
+    case = dict(zip(POINTWISE_FACTORS, values, strict=True))
+    rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
+    emulator.emulate(ctypes.c_int64(OLD[0]), OLD[1], case["runs_backwards"])
+    (rows, outputs), dtype, sums = case["shape"], case["dtype"], sums_dtype(case["dtype"])
+    p, y = pointwise_case(rng, case["shape"], dtype, case["kind"], case["targets"])
+    function, name, arguments = KINDS[case["kind"]]
+    options = {"parameter": case["parameter"], "offset": case["offset"]}
+    arguments = {**arguments, **({name: case["parameter"]} if name else {})}
+    if case["output_weights"]:
+        weights = rng.uniform(0.5, 2, outputs).astype(sums)
+        weights[:: 3 if outputs > 1 else 2] = 0
+        p[:, weights == 0] = np.nan
+        options["output_weights"] = arguments["output_weights"] = weights
+    if case["quantiles"]:
+        options["quantiles"] = arguments["quantile"] = rng.uniform(0.1, 0.9, outputs).astype(sums)
+    exact, exact_gradient, terms, gradient_terms = truth.pointwise(function, p, y, **arguments)
+    epsilon, sums_epsilon = EPSILONS[dtype], EPSILONS[str(sums)]
+    cotangents = rng.normal(size=rows).astype(sums)
+    spread = np.abs(cotangents).max()
+    kernels = Pointwise(emulator, case["kind"], p, y, **options)
+
+    loss, gradient = kernels.general(cotangents)
+    check_error(loss, exact, terms, sums_epsilon, "loss")
+    pulled = exact_gradient * cotangents[:, None].astype(np.longdouble)
+    check_error(
+        gradient, pulled, gradient_terms * spread * sums_epsilon / epsilon, epsilon, "gradient"
+    )
+
+    row_weight = cotangents if case["row_weight"] else None
+    weight = cotangents.astype(np.longdouble) if case["row_weight"] else np.ones(rows)
+    total, fused = kernels.reduced(row_weight, scale=0.5)
+    largest = np.abs(weight * exact).sum() + terms * np.abs(weight).sum()
+    check_error([total], 0.5 * (exact * weight).sum(), largest, sums_epsilon, "sum")
+    spread = np.abs(weight).max()
+    pulled = 0.5 * exact_gradient * weight[:, None]
+    check_error(
+        fused, pulled, gradient_terms * spread * sums_epsilon / epsilon, epsilon, "gradient of sum"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pointwise_nan_and_inf_stay_where_they_are(on_hopper, kind, flat, value):
+    rng = np.random.default_rng(8)
+    p, y = pointwise_case(rng, (4, 9), "float32", kind)
+    p[1, 7] = value
+    kernels = Pointwise(on_hopper, kind, p, y)
+    loss, gradient = kernels.general(np.ones(4, np.float32))
+    total, fused = kernels.reduced(None if flat else np.ones(4, np.float32))
+    others = np.ones((4, 9), bool)
+    others[1, 7] = False
+    assert np.isfinite(loss[[0, 2, 3]]).all()
+    for found in (gradient, fused):
+        assert np.isfinite(found[others]).all()
+    if np.isnan(value):
+        assert np.isnan([loss[1], total, gradient[1, 7], fused[1, 7]]).all()
+    elif kind == "probabilities":  # clipped
+        assert np.isfinite(total) and gradient[1, 7] == fused[1, 7] == 0
+    else:
+        assert not np.isfinite(loss[1]) or kind == "logits"
+        bounded = kind in ("huber", "absolute", "log cosh", "quantile", "logits")
+        assert np.isfinite(gradient[1, 7]) == np.isfinite(fused[1, 7]) == bounded
+
+
+@pytest.mark.parametrize("kind", ["log cosh", "logits"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_losses_keep_their_digits(on_hopper, kind, dtype):
+    size = np.exp(np.linspace(np.log(1e-6), np.log(30), 2000))[:, None].astype(dtype)
+    y = np.zeros_like(size)
+    p = -size if kind == "logits" else size
+    function, _, arguments = KINDS[kind]
+    exact, exact_gradient, *_ = truth.pointwise(function, p, y, **arguments)
+    loss, gradient = Pointwise(on_hopper, kind, p, y, parameter=0).general(
+        np.ones(len(p), np.dtype(dtype))
+    )
+    # e^x itself errs by |x|/2 ulp more.
+    rtol = 16 * EPSILONS[dtype]
+    np.testing.assert_allclose(loss, exact.astype(np.float64), rtol=rtol)
+    np.testing.assert_allclose(gradient, exact_gradient.astype(np.float64), rtol=rtol)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (0, 0), (5, 0)])
+def test_no_rows_and_no_outputs_have_loss_0(on_hopper, shape):
+    empty = np.zeros(shape, np.float32)
+    kernels = Pointwise(on_hopper, "huber", empty, empty)
+    loss, gradient = kernels.general(np.ones(shape[0], np.float32))
+    assert (loss == 0).all() and gradient.shape == shape
+    total, _ = kernels.reduced(scale=np.inf)
+    assert total == 0
+
+
+@pytest.mark.long
+def test_more_tiles_than_sums(on_hopper):
+    rng = np.random.default_rng(9)
+    p = rng.normal(size=(9_000_000, 1))
+    total, gradient = Pointwise(on_hopper, "squared", p, np.zeros_like(p)).reduced()
+    np.testing.assert_allclose(total, (p * p).sum(), rtol=1e-12)
+    np.testing.assert_array_equal(gradient, 2 * p)
+
+
+# ---- The penalty.
+
+
+def penalty(emulator, arrays, coefficients, *, dpenalty=None, value=True, gradients=True, offset=0):
+    """Penalty and gradients of the arrays, None for what is not asked for."""
+    memory = Arrays(offset)
+    sums = np.dtype("float64" if any(a.dtype == np.float64 for a in arrays) else "float32")
+    variables, found = (PenaltyVariable * max(1, len(arrays)))(), []
+    for variable, array in zip(variables, arrays, strict=False):
+        found.append(memory.output(array.size, array.dtype) if gradients else None)
+        variable.type = DTYPES.index(str(array.dtype))
+        variable.size = array.size
+        variable.values = memory.place(array)
+        variable.gradient = found[-1].ctypes.data if gradients else None
+    total = memory.output(1, sums)
+    coefficients = np.ascontiguousarray(coefficients, np.float64)
+    arguments = PenaltyArguments(
+        variables=variables,
+        count=len(arrays),
+        coefficients=coefficients.ctypes.data,
+        dpenalty=None if dpenalty is None else memory.place(np.array([dpenalty], sums)),
+        penalty=total.ctypes.data if value else None,
+    )
+    error = emulator.run_penalty(sums == np.float64, ctypes.byref(arguments))
+    assert error is None, error
+    memory.check_guards()
+    return total[0] if value else None, found
+
+
+def _variables(rng, sizes, dtypes):
+    return [
+        rng.normal(size=size).astype(tf.as_dtype(dtypes[k % len(dtypes)]).as_numpy_dtype)
+        for k, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1], [4096], [100_003], [5, 70_000], [0, 3, 0, 4097, 0], [16] * 200,
+        [*range(1, 60), 20_000, 0, 8192, 33],
+    ],
+    ids=["1", "tile", "large", "two", "empty ones", "200", "many"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=[*DTYPES, "mixed"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_penalty_agrees_with_the_truth(on_hopper, sizes, dtypes, offset):
+    rng = np.random.default_rng(len(sizes))
+    arrays = _variables(rng, sizes, dtypes)
+    l1, l2 = rng.uniform(0, 2, (2, len(sizes)))
+    l1[::3], l2[1::3] = 0, 0
+    exact, exact_gradients = truth.penalty(arrays, l1=l1, l2=l2)
+    coefficients = np.stack([l1, l2], axis=1)
+    total, found = penalty(on_hopper, arrays, coefficients, dpenalty=-0.5, offset=offset)
+    epsilon = 2**-52 if dtypes == ["float64"] else 2**-23
+    check_error([total], exact, 0, epsilon, "penalty")
+    for array, gradient, right in zip(arrays, found, exact_gradients, strict=True):
+        check_error(gradient, -0.5 * right, 0, EPSILONS[str(array.dtype)], "gradient")
+    alone, _ = penalty(on_hopper, arrays, coefficients, gradients=False, offset=offset)
+    assert alone == total
+    _, again = penalty(on_hopper, arrays, coefficients, dpenalty=-0.5, value=False, offset=offset)
+    for gradient, same in zip(found, again, strict=True):
+        np.testing.assert_array_equal(gradient, same)
+
+
+def test_the_penalty_of_nothing_is_0(on_hopper):
+    assert penalty(on_hopper, [], np.zeros((0, 2)))[0] == 0
+    assert penalty(on_hopper, [np.zeros(0, np.float32)], [[1, 1]])[0] == 0
+
+
+@pytest.mark.parametrize("coefficients", [[1, 0], [0, 1], [1, 1], [0, 0]])
+def test_a_term_without_coefficient_makes_no_nan(on_hopper, coefficients):
+    wanted = any(coefficients)
+    values = np.array([1, -np.inf, 0, -0.0, np.nan], np.float32)
+    total, (gradient,) = penalty(on_hopper, [values[:4]], [coefficients])
+    assert np.isinf(total) if wanted else total == 0
+    assert gradient[2] == gradient[3] == 0 and not np.isnan(gradient).any()
+    total, (gradient,) = penalty(on_hopper, [values], [coefficients])
+    assert np.isnan(total) == np.isnan(gradient[4]) == wanted

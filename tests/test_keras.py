@@ -737,11 +737,18 @@ def run_python(device, *arguments):
     )
 
 
+# Classes of its tests; the third name stands for that of labels as well.
+KERAS_OWN = (
+    "HuberLossTest", "BinaryCrossentropyTest", "CategoricalCrossentropyTest",
+    "MeanSquaredErrorTest", "MeanAbsoluteErrorTest", "LogCoshTest",
+)  # fmt: skip
+
+
 def test_keras_own_tests_pass(device):
     done = run_python(
         device,
         *("-m", "pytest", "-p", "keras_suite", "-p", "no:cacheprovider", "--rootdir", "."),
-        *("--pyargs", "keras.src.losses.losses_test", "-k", "CategoricalCrossentropyTest"),
+        *("--pyargs", "keras.src.losses.losses_test", "-k", " or ".join(KERAS_OWN)),
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

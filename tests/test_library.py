@@ -1,5 +1,6 @@
 """The compiled library: its versions, its threads, and what happens without it."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import fusedloss
-from fusedloss import _lib
+from fusedloss import _lib, bench_memory
 
 needs_library = pytest.mark.skipif(
     fusedloss.backend() != "compiled", reason="there is no compiled library to test"
@@ -29,6 +30,22 @@ def run_python(code, timeout_s=300, **environment):
     )
 
 
+# What depends on the version of the arithmetic.
+ACCURACY = (
+    "test_accuracy.py",
+    "test_pointwise.py::test_error_is_within_twice_tensorflows",
+    "test_pointwise.py::test_error_of_gradients_larger_than_the_caches",
+    "test_pointwise.py::test_errors_of_any_size_keep_their_digits",
+    "test_pointwise.py::test_logits_of_any_size_keep_their_digits",
+    "test_pointwise.py::test_nan_and_inf_propagate_as_in_the_reference_and_stay_in_their_row",
+    "test_pointwise.py::test_probabilities_at_and_beyond_their_bounds",
+    "test_pointwise.py::test_corners_have_no_slope",
+    "test_penalty.py::test_error_is_within_twice_tensorflows",
+    "test_penalty.py::test_nan_and_inf_propagate",
+    "test_penalty.py::test_zeros_have_no_slope",
+)
+
+
 @needs_library
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_every_cpu_version_passes_the_accuracy_tests(level):
@@ -37,9 +54,10 @@ def test_every_cpu_version_passes_the_accuracy_tests(level):
     levels = _core.build_info()["cpu_levels"]
     if levels.index(level) > levels.index(_core.cpu_level()):
         pytest.skip(f"this CPU has no {level}")
-    tests = os.path.join(os.path.dirname(__file__), "test_accuracy.py")
+    here = os.path.dirname(__file__)
+    tests = [os.path.join(here, name) for name in ACCURACY]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not xla and not product", tests],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not xla and not product", *tests],
         env={**os.environ, "FUSEDLOSS_CPU": level, "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
@@ -92,6 +110,26 @@ for loss in (
     nn.softmax_xent(soft, tf.nn.softmax(x) * 1, from_logits=False, **options),
 ):
     digests += [hashlib.sha256(loss.numpy().tobytes()).hexdigest()] * 2
+weights = [tf.Variable(rng.normal(size=s).astype(np.float32)) for s in ((999, 999), (7,), (80, 3))]
+penalty = fusedloss.Penalty(weights, l1=0.1, l2=0.2)
+for shape in ((300, 1000), (20000, 10), (7, 70001), (300000, 1)):
+    x, y = tf.constant(rng.normal(size=(2, *shape)).astype(np.float32))
+    row_weight = tf.constant(rng.random(shape[0]).astype(np.float32))
+    output_weights = rng.random(shape[1]).tolist()
+    for fused in (
+        fusedloss.losses.Huber(penalty=penalty),
+        fusedloss.losses.LogCosh(output_weights=output_weights, penalty=penalty),
+    ):
+        for jit in (False, True):
+            @tf.function(jit_compile=jit)
+            def step(y, x, row_weight):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    loss = fused(y, x, row_weight)
+                return loss, *tape.gradient(loss, [x, *weights])
+            found = step(y, x, row_weight)
+            result = b"".join(each.numpy().tobytes() for each in found)
+            digests.append(hashlib.sha256(result).hexdigest())
 print("\\n".join(digests))
 """
 
@@ -104,7 +142,7 @@ def test_results_are_bitwise_the_same_for_any_number_of_threads():
     ]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr[-2000:]
     digests = [run.stdout.split() for run in runs]
-    assert len(digests[0]) == 12
+    assert len(digests[0]) == 28
     assert digests[0] == digests[1] == digests[2]
     assert digests[0][0::2] == digests[0][1::2]  # the same kernel inside XLA and outside
 
@@ -124,6 +162,31 @@ def test_the_raw_kernel_is_bitwise_the_same_for_any_number_of_threads(dtype):
             loss = _core.softmax_xent_reduced(logits, labels, gradient, threads=threads)
             results.append((loss, gradient.tobytes()))
         assert all(result == results[0] for result in results)
+
+
+STEPS_OF_16_MB = {
+    "softmax_xent/sparse": ("1024x4096", "float32"),
+    "pointwise/huber": ("2048x4096", "bfloat16"),
+    "pointwise/huber_penalty": ("1024x4096", "float32"),
+}
+
+
+@needs_library
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="it is Linux's to say")
+def test_a_step_allocates_its_gradients_and_nothing_else_of_their_size():
+    words = [word for case, setting in STEPS_OF_16_MB.items() for word in (case, *setting)]
+    run = subprocess.run(
+        [sys.executable, "-m", "fusedloss.bench_memory", *words],
+        env={**os.environ, **bench_memory.ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for case, found in zip(STEPS_OF_16_MB, json.loads(run.stdout), strict=True):
+        assert found["graph fusedloss"] < 2**20 and found["xla fusedloss"] < 2**20, case
+        assert found["graph Keras"] > 2**22, "what the stock form needs is seen"
 
 
 DEADLOCK = """

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and its gradient in NumPy's long double, written out from the formulas."""
+"""The losses and their gradients in NumPy's long double, written out from the formulas."""
 
 import numpy as np
 
@@ -94,3 +94,84 @@ def with_terms(
 def softmax_xent(predictions, targets, **arguments):
     """Loss `[...]` and its gradient `[..., classes]` row by row, for labels or dense targets."""
     return with_terms(predictions, targets, **arguments)[:2]
+
+
+def pointwise(
+    function,
+    predictions,
+    targets,
+    *,
+    delta=1.0,
+    quantile=0.5,
+    from_logits=False,
+    label_smoothing=0.0,
+    output_weights=None,
+):
+    """The loss called `function` in `fusedloss.nn`, one `[..., outputs]` and one a row.
+
+    Returns:
+      Loss `[...]` and its gradient `[..., outputs]`, row by row; the largest of the terms whose
+      differences they are.
+    """
+    p, y = (np.asarray(x).astype(np.longdouble) for x in (predictions, targets))
+    p, y = np.broadcast_arrays(p, y)
+    weights = np.ones(p.shape[-1]) if output_weights is None else np.asarray(output_weights)
+    weights = weights.astype(np.longdouble)
+    # 0.5 lies away from all corners, and within the range of probabilities.
+    p, y = (np.where(weights != 0, x, np.longdouble(0.5)) for x in (p, y))
+    e = p - y
+    size, sign = np.abs(e), np.sign(e)
+    loss_terms, gradient_terms = np.zeros_like(p), np.zeros_like(p)
+    if function == "huber":
+        delta = np.longdouble(delta)
+        loss = np.where(size <= delta, e * e / 2, delta * (size - delta / 2))
+        gradient = np.clip(e, -delta, delta)
+    elif function == "mean_squared_error":
+        loss, gradient = e * e, 2 * e
+    elif function == "mean_absolute_error":
+        loss, gradient = size, sign
+    elif function == "log_cosh":
+        loss = np.log1p(2 * np.sinh(np.minimum(size, 1) / 2) ** 2)
+        loss = np.where(
+            size < 1, loss, size + np.log1p(np.exp(-2 * size)) - np.log(np.longdouble(2))
+        )
+        gradient = np.tanh(e)
+    elif function == "quantile":
+        q = np.asarray(quantile, np.longdouble)
+        loss = np.maximum(q * -e, (1 - q) * e)
+        gradient = np.where(e > 0, 1 - q, -q) * np.abs(sign)
+    else:
+        assert function == "binary_crossentropy"
+        smoothing = np.longdouble(label_smoothing)
+        y = (1 - smoothing) * y + smoothing / 2
+        if from_logits:
+            loss = np.maximum(p, 0) - p * y + np.log1p(np.exp(-np.abs(p)))
+            sigmoid = np.where(p > 0, 1, np.exp(-np.abs(p))) / (1 + np.exp(-np.abs(p)))
+            gradient = sigmoid - y
+            loss_terms, gradient_terms = np.abs(p * y) + np.abs(p), sigmoid + np.abs(y)
+        else:
+            c = np.clip(p, EPSILON, 1 - EPSILON)
+            loss = -y * np.log(c) - (1 - y) * np.log1p(-c)
+            gradient = np.where(c == p, (1 - y) / (1 - c) - y / c, 0)
+            gradient_terms = np.abs(y / c) + np.abs((1 - y) / (1 - c))
+    scale = weights / max(1, p.shape[-1])
+    return (
+        (scale * loss).sum(-1),
+        scale * gradient,
+        (scale * loss_terms).max(initial=0),
+        (scale * gradient_terms).max(initial=0),
+    )
+
+
+def penalty(values, *, l1=0.0, l2=0.0, reduce="sum"):
+    """The penalty on a list of arrays, and a list of its gradients."""
+    total, gradients = np.longdouble(0), []
+    for value, a, b in zip(
+        values, *(np.broadcast_to(x, len(values)) for x in (l1, l2)), strict=True
+    ):
+        w = np.asarray(value).astype(np.longdouble)
+        share = np.longdouble(1) if reduce == "sum" else 1 / np.longdouble(max(1, w.size))
+        a, b = a * share, b * share
+        total += a * np.abs(w).sum() + b * (w * w).sum()
+        gradients.append(a * np.sign(w) + 2 * b * w)
+    return total, gradients
