@@ -119,8 +119,13 @@ template <typename A>
 GpuError Run(const PenaltyArguments& from) {
   Workspace workspace(PenaltyWorkspace(from.count));
   Gpu gpu{nullptr, Workspace::Allocate, &workspace};
-  return Penalty<A>(gpu, {from.variables, from.count, from.coefficients,
-                          static_cast<const A*>(from.dpenalty), static_cast<A*>(from.penalty)});
+  std::vector<double> coefficients(2 * from.count, std::nan(""));
+  pending = [&] { std::copy_n(from.coefficients, coefficients.size(), coefficients.begin()); };
+  GpuError error =
+      Penalty<A>(gpu, {from.variables, from.count, coefficients.data(),
+                       static_cast<const A*>(from.dpenalty), static_cast<A*>(from.penalty)});
+  pending = [] {};
+  return error;
 }
 
 }  // namespace

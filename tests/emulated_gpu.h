@@ -63,6 +63,8 @@ inline ucontext_t scheduler;
 inline int64_t progress = 0;
 inline std::vector<std::unique_ptr<char[]>> stacks;  // of fibers, by all launches
 inline std::function<void()> kernel_now;
+// What the stream has to do before its next kernel: until then the host does not see its results.
+inline std::function<void()> pending = [] {};
 
 inline void WaitFor(Barrier& barrier, int expected) {
   ++progress;
@@ -243,6 +245,7 @@ GpuError Launch(const Gpu&, void (*kernel)(Args...), int64_t blocks, int threads
   constexpr int kGuardBytes = 64;
   if (shared_bytes > emulated_device.shared_memory_limit) return "too much shared memory";
   if (blocks < 1 || blocks % cluster != 0) return "no such grid";
+  pending();
   kernel_now = [=] { kernel(args...); };
   for (int64_t first = 0; first < blocks; first += cluster) {
     EmulatedCluster now;

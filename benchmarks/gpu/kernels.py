@@ -64,6 +64,7 @@ class Kernels:
             (_name(values.dtype), _device_array(values), _device_array(gradient))
             for values, gradient in zip(variables, gradients, strict=True)
         ]
-        scalars = map(_device_array, (dpenalty, penalty))
+        coefficients = torch.tensor(coefficients, dtype=torch.float64, device=variables[0].device)
+        arrays = map(_device_array, (coefficients, dpenalty, penalty))
         stream = torch.cuda.current_stream().cuda_stream
-        self._module.penalty(rows, coefficients, *scalars, stream)
+        self._module.penalty(rows, *arrays, stream)

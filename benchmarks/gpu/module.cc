@@ -335,12 +335,12 @@ void LossReduced(const std::string& dtype, const py::object& predictions, const 
 
 // Both arrays may be None.
 template <typename A>
-void RunPenalty(const std::vector<PenaltyVariable>& variables, const double* coefficients,
+void RunPenalty(const std::vector<PenaltyVariable>& variables, const py::object& coefficients,
                 const py::object& dpenalty, const py::object& penalty, uintptr_t stream) {
   PenaltyArgs<A> args{};
   args.variables = variables.data();
   args.count = static_cast<int64_t>(variables.size());
-  args.coefficients = coefficients;
+  args.coefficients = Read<const double>(coefficients, "coefficients", {args.count, 2});
   if (!dpenalty.is_none()) args.dpenalty = Read<const A>(dpenalty, "dpenalty", {1});
   if (!penalty.is_none()) args.penalty = Read<A>(penalty, "penalty", {1});
   Workspace workspace(stream);
@@ -349,12 +349,10 @@ void RunPenalty(const std::vector<PenaltyVariable>& variables, const double* coe
 
 // variables: (dtype, values, gradient or None) each.
 void PenaltyOf(const std::vector<std::tuple<std::string, py::object, py::object>>& variables,
-               const std::vector<std::pair<double, double>>& coefficients,
-               const py::object& dpenalty, const py::object& penalty, uintptr_t stream) {
+               const py::object& coefficients, const py::object& dpenalty,
+               const py::object& penalty, uintptr_t stream) {
   static const std::vector<std::string> kTypes = {"float32", "float64", "float16", "bfloat16"};
-  if (coefficients.size() != variables.size()) throw py::value_error("one pair a variable");
   std::vector<PenaltyVariable> read;
-  std::vector<double> flat;
   bool in_double = false;
   for (size_t k = 0; k < variables.size(); ++k) {
     const auto& [dtype, values, gradient] = variables[k];
@@ -371,13 +369,11 @@ void PenaltyOf(const std::vector<std::tuple<std::string, py::object, py::object>
       read.push_back(variable);
       in_double = in_double || std::is_same_v<T, double>;
     });
-    flat.push_back(coefficients[k].first);
-    flat.push_back(coefficients[k].second);
   }
   if (in_double) {
-    RunPenalty<double>(read, flat.data(), dpenalty, penalty, stream);
+    RunPenalty<double>(read, coefficients, dpenalty, penalty, stream);
   } else {
-    RunPenalty<float>(read, flat.data(), dpenalty, penalty, stream);
+    RunPenalty<float>(read, coefficients, dpenalty, penalty, stream);
   }
 }
 

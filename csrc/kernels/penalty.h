@@ -16,6 +16,18 @@ namespace fusedloss {
 
 enum class FloatType { kFloat, kDouble, kHalf, kBFloat16 };
 
+// Bytes.
+inline int64_t SizeOf(FloatType type) {
+  switch (type) {
+    case FloatType::kFloat:
+      return 4;
+    case FloatType::kDouble:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
 struct PenaltyVariable {
   FloatType type;
   int64_t size;        // may be 0
@@ -38,7 +50,8 @@ struct PenaltyArgs {
 // hardly on their number. Results do not depend on the number of threads.
 template <typename A>
 void Penalty(const Cpu& cpu, const PenaltyArgs<A>& args);
-// The same on device pointers; enqueues, never waits. The same bits for every run on one model.
+// The same on device pointers, that of the coefficients too; enqueues, never waits. The same bits
+// for every run on one model.
 template <typename A>
 GpuError Penalty(const Gpu& gpu, const PenaltyArgs<A>& args);
 

@@ -40,17 +40,6 @@ PenaltyPass PassOf(FloatType type) {
   }
 }
 
-int64_t SizeOf(FloatType type) {
-  switch (type) {
-    case FloatType::kFloat:
-      return 4;
-    case FloatType::kDouble:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
 struct Step {
   PenaltyPass pass;
   PenaltySpan span;

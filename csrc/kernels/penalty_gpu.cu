@@ -18,7 +18,7 @@ struct Entry {
   void* gradient;  // or null
   int64_t size;
   int64_t first_tile;  // of all tiles of all variables
-  double l1, l2;
+  int64_t index;       // of all variables
   FloatType type;
   bool wide;  // both begin where 16 bytes begin
 };
@@ -35,16 +35,18 @@ Fill(Entries from, int count, Entry* table) {
 
 // Writes the gradient of a tile, and returns this thread's share of its penalty.
 template <typename T>
-FUSEDLOSS_DEVICE double OverTile(const Entry& entry, int64_t tile, double dpenalty) {
+FUSEDLOSS_DEVICE double OverTile(const Entry& entry, const double* coefficients, int64_t tile,
+                                 double dpenalty) {
   using A = Accumulator<T>;
   constexpr int64_t kTile = kTileBytes / sizeof(T);
   const int64_t begin = tile * kTile;
   const int64_t end = begin + kTile < entry.size ? begin + kTile : entry.size;
   auto* gradient = static_cast<T*>(entry.gradient);
   // A term with coefficient 0 is not there: it makes no NaN of an Inf.
-  const bool has_l1 = entry.l1 != 0, has_l2 = entry.l2 != 0;
-  const A l1 = static_cast<A>(dpenalty * entry.l1);
-  const A twice_l2 = static_cast<A>(2 * dpenalty * entry.l2);
+  const double of_l1 = coefficients[2 * entry.index], of_l2 = coefficients[2 * entry.index + 1];
+  const bool has_l1 = of_l1 != 0, has_l2 = of_l2 != 0;
+  const A l1 = static_cast<A>(dpenalty * of_l1);
+  const A twice_l2 = static_cast<A>(2 * dpenalty * of_l2);
   double magnitudes = 0, squares = 0;
   auto take = [&](int offset, const auto& w, const auto&) {
     constexpr int kCount = sizeof(w.values) / sizeof(T);
@@ -65,15 +67,15 @@ FUSEDLOSS_DEVICE double OverTile(const Entry& entry, int64_t tile, double dpenal
   const T* nothing = nullptr;
   EachVector<kBatch>(static_cast<const T*>(entry.values), nothing, false, begin, end, entry.wide,
                      take);
-  return (has_l1 ? entry.l1 * magnitudes : 0) + (has_l2 ? entry.l2 * squares : 0);
+  return (has_l1 ? of_l1 * magnitudes : 0) + (has_l2 ? of_l2 * squares : 0);
 }
 
 // A block takes block_tiles tiles in a row. `dpenalty` (null: 1) is one number; sums: [blocks] out,
 // or null.
 template <typename A>
 FUSEDLOSS_KERNEL_OF(kThreads, 4)
-OverVariables(const Entry* table, int64_t count, int64_t tiles, int64_t block_tiles,
-              const A* dpenalty, double* sums) {
+OverVariables(const Entry* table, int64_t count, const double* coefficients, int64_t tiles,
+              int64_t block_tiles, const A* dpenalty, double* sums) {
   const double cotangent = dpenalty ? static_cast<double>(*dpenalty) : 1;
   int64_t tile = BlockId() * block_tiles;
   const int64_t end = tile + block_tiles < tiles ? tile + block_tiles : tiles;
@@ -90,34 +92,21 @@ OverVariables(const Entry* table, int64_t count, int64_t tiles, int64_t block_ti
     const int64_t own_tile = tile - entry.first_tile;
     switch (entry.type) {
       case FloatType::kFloat:
-        sum += OverTile<float>(entry, own_tile, cotangent);
+        sum += OverTile<float>(entry, coefficients, own_tile, cotangent);
         break;
       case FloatType::kDouble:
-        sum += OverTile<double>(entry, own_tile, cotangent);
+        sum += OverTile<double>(entry, coefficients, own_tile, cotangent);
         break;
       case FloatType::kHalf:
-        sum += OverTile<Half>(entry, own_tile, cotangent);
+        sum += OverTile<Half>(entry, coefficients, own_tile, cotangent);
         break;
       default:
-        sum += OverTile<BFloat16>(entry, own_tile, cotangent);
+        sum += OverTile<BFloat16>(entry, coefficients, own_tile, cotangent);
     }
   }
   if (sums == nullptr) return;
   sum = SumOfBlock(sum);
   if (ThreadId() == 0) sums[BlockId()] = sum;
-}
-
-// ---- The host's side.
-
-int64_t SizeOf(FloatType type) {
-  switch (type) {
-    case FloatType::kFloat:
-      return 4;
-    case FloatType::kDouble:
-      return 8;
-    default:
-      return 2;
-  }
 }
 
 }  // namespace
@@ -140,8 +129,7 @@ GpuError Penalty(const Gpu& gpu, const PenaltyArgs<A>& args) {
                                           from.gradient,
                                           from.size,
                                           tiles,
-                                          args.coefficients[2 * k],
-                                          args.coefficients[2 * k + 1],
+                                          k,
                                           from.type,
                                           IsAligned(from.values) && IsAligned(from.gradient)};
     tiles += CeilDiv(from.size * SizeOf(from.type), kTileBytes);
@@ -156,8 +144,8 @@ GpuError Penalty(const Gpu& gpu, const PenaltyArgs<A>& args) {
   const int64_t blocks = CeilDiv(tiles, block_tiles);
   if (args.penalty == nullptr) sums = nullptr;
   FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu, OverVariables<A>, blocks, kThreads, 1, kSumBytes,
-                                   static_cast<const Entry*>(table), filled, tiles, block_tiles,
-                                   args.dpenalty, sums));
+                                   static_cast<const Entry*>(table), filled, args.coefficients,
+                                   tiles, block_tiles, args.dpenalty, sums));
   return args.penalty ? AddUp(gpu, sums, blocks, 1, args.penalty) : nullptr;
 }
 
