@@ -265,6 +265,30 @@ def test_errors_of_any_size_keep_their_digits(kind, size):
     np.testing.assert_allclose(gradient, exact_gradient.astype(np.float64), rtol=1e-6, atol=tiny)
 
 
+@pytest.mark.parametrize("of_list", [False, True], ids=["one", "list"])
+@pytest.mark.parametrize("quantile", [1e-9, 0.001, 0.5, 0.75, 0.999, 1 - 1e-6])
+def test_quantiles_near_the_ends_keep_their_digits(quantile, of_list):
+    targets = np.zeros([3, 2], np.float32)
+    predictions = np.array([[1, 2], [-1, -3], [5, -5]], np.float32)
+    arguments = {"quantile": [quantile, 0.5] if of_list else quantile}
+    exact_loss, exact_gradient, *_ = truth.pointwise("quantile", predictions, targets, **arguments)
+    for functions in (nn, reference):
+        loss, gradient = rows_of(
+            functions.quantile, targets, tf.constant(predictions), tf.ones([3]), arguments
+        )
+        np.testing.assert_allclose(loss, exact_loss.astype(np.float64), rtol=4e-7)
+        np.testing.assert_allclose(gradient, exact_gradient.astype(np.float64), rtol=4e-7)
+
+
+def test_an_epsilon_of_any_type_and_size_is_kerass(monkeypatch):
+    targets = np.array([[0, 1, 0.3, 0], [1, 1, 0, 0]], np.float32)
+    predictions = np.array([[0, 1, 0.5, 1], [0.2, 0, 1, 0.9]], np.float32)
+    for epsilon in (1e-3, np.float64(1e-3), np.float32(1e-3), 1e-8):
+        monkeypatch.setattr("keras.src.backend.config._EPSILON", epsilon)
+        ours, theirs = both("BinaryCrossentropy", reduction=None)
+        assert_same(ours(targets, predictions), theirs(targets, predictions))
+
+
 @pytest.mark.parametrize("logit", [0, 1e-30, 1e-4, 3, 20, 60, 300, 1e30])
 def test_logits_of_any_size_keep_their_digits(logit):
     logits = np.array([[logit, logit, -logit, -logit]], np.float32).T
@@ -649,26 +673,31 @@ def test_shapes_broadcast_as_in_keras(targets, predictions, recorded):
         assert_same(*results)
 
 
+# Shape of the targets, then what is known of it, and of the (6, 5) of the predictions.
+KNOWN = [
+    ((6, 5), [None, None], [None, None]),
+    ((6, 5), [None, 5], [None, None]),
+    ((6, 1), [None, 1], [None, 5]),
+    ((6, 1), [None, None], [None, None]),
+]
+
+
 @pytest.mark.parametrize("run", ["graph", "xla"])
-@pytest.mark.parametrize("targets,predictions", [((6, 5), (6, 5)), ((6, 1), (6, 5))], ids=str)
-def test_shapes_that_are_found_when_the_op_runs(targets, predictions, run):
-    y, p = map(tf.constant, keras_sample(predictions, targets))
-    for loss, known in ((losses.MeanSquaredError(), None), (nn.mean_squared_error, 5)):
+@pytest.mark.parametrize("shape,targets,predictions", KNOWN, ids=str)
+def test_shapes_that_are_found_when_the_op_runs(shape, targets, predictions, run):
+    y, p = map(tf.constant, keras_sample((6, 5), shape))
+    for loss in (losses.MeanSquaredError(), lambda y, x, _: nn.mean_squared_error(y, x)):
         step = tf.function(
-            lambda y, x, loss=loss: loss_and_gradient(lambda y, x, _: loss(y, x), y, x),
-            input_signature=[
-                tf.TensorSpec([None, y.shape[1] if known else None]),
-                tf.TensorSpec([None, known]),
-            ],
+            lambda y, x, loss=loss: loss_and_gradient(loss, y, x),
+            input_signature=[tf.TensorSpec(targets), tf.TensorSpec(predictions)],
             autograph=False,
             jit_compile=run == "xla",
         )
-        if targets == predictions or known:
-            value, gradient = step(y, p)
-            np.testing.assert_allclose(
-                tf.reduce_mean(value), np.mean((y.numpy() - p.numpy()) ** 2), rtol=1e-5
-            )
-            assert gradient.shape == p.shape
+        value, gradient = step(y, p)
+        error = p.numpy() - y.numpy()
+        np.testing.assert_allclose(tf.reduce_mean(value), np.mean(error**2), rtol=1e-5)
+        scale = 15 if value.shape.rank == 0 else 2.5
+        np.testing.assert_allclose(gradient, error / scale, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int32", "int64", "float16", "float64"])
@@ -961,6 +990,7 @@ ARGUMENTS = {
     "delta < 0": ("huber", {"delta": -1.5}, "`delta` must be .*Got -1.5"),
     "delta NaN": ("huber", {"delta": math.nan}, "`delta` must be .*Got nan"),
     "delta infinite": ("huber", {"delta": math.inf}, "`delta` must be .*Got inf"),
+    "delta 0 in float32": ("huber", {"delta": 1e-60}, "`delta` must be .*Got 1e-60"),
     "delta by name": ("huber", {"delta": "one"}, "`delta` must be a number. Got 'one'"),
     "no delta": ("huber", {"delta": None}, "`delta` must be a number. Got None"),
     "quantile 0": ("quantile", {"quantile": 0}, r"`quantile` must lie in \(0, 1\).*Got 0"),
@@ -990,6 +1020,8 @@ ARGUMENTS = {
         for what, weights, text in (
             ("negative weight", [1, -2, 3], "Got -2.0 at position 1"),
             ("infinite weight", [1, math.inf], "Got inf at position 1"),
+            ("large weight", [1, 1e39], r"Got 1e\+39 at position 1, which is infinite in float32"),
+            ("small weight", [1e-60], "Got 1e-60 at position 0, which is 0 in float32"),
             ("weight of NaN", [math.nan], "Got nan at position 0"),
             ("nested weights", [[1.0, 2.0]], "`output_weights` must be a flat, non-empty"),
             ("no weights", [], "`output_weights` must be a flat, non-empty"),

@@ -10,9 +10,10 @@
 //   kBinaryLogits         f = max(p, 0) − p·s + log(1 + exp(−|p|))                 (nats)
 //   kBinaryProbabilities  f = −s·log c − (1 − s)·log(1 − c),   c = clip(p, ε, 1 − ε)
 //
-// with s = (1 − label_smoothing)·y + label_smoothing/2. Clipping stops the gradient, and where f
-// has a corner its derivative is 0. An output whose w is 0 is left out: what it holds, NaN or not,
-// is not looked at, and its gradient is 0. NaN and Inf propagate else. No outputs: loss 0.
+// with q the quantile, or 1 + quantile if that is negative: so 1 − q keeps its digits where it is
+// small; with s = (1 − label_smoothing)·y + label_smoothing/2. Clipping stops the gradient, and
+// where f has a corner its derivative is 0. An output whose w is 0 is left out: what it holds, NaN
+// or not, is not looked at, and its gradient is 0. NaN and Inf propagate else. No outputs: loss 0.
 #ifndef FUSEDLOSS_KERNELS_POINTWISE_H_
 #define FUSEDLOSS_KERNELS_POINTWISE_H_
 
@@ -42,9 +43,9 @@ struct PointwiseArgs {
   const Y* targets;       // [rows, outputs], or [rows] if one target serves a whole row
   bool one_target_a_row;
   const A* output_weights;  // [outputs], w, or null: all 1
-  const A* quantiles;       // [outputs], q, or null: `parameter` is that of all
+  const A* quantiles;       // [outputs], or null: `parameter` is that of all
   Pointwise kind;
-  double parameter = 0;   // δ, q or label_smoothing
+  double parameter = 0;   // δ, quantile or label_smoothing
   double epsilon = 1e-7;  // of probabilities
 };
 

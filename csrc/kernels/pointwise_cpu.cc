@@ -128,7 +128,8 @@ class Call {
 
   double RunShortRows(const Cpu& cpu) const {
     const int64_t outputs = args_.outputs, rows = args_.rows;
-    const int64_t span_rows = CeilDiv(kExpanded, outputs), block_rows = CeilDiv(block_, outputs);
+    const int64_t span_rows = std::min(rows, CeilDiv(kExpanded, outputs));
+    const int64_t block_rows = CeilDiv(block_, outputs);
     const std::vector<A> output_weights = Repeated(args_.output_weights, span_rows);
     const std::vector<A> quantiles = Repeated(args_.quantiles, span_rows);
     std::vector<double> sums(CeilDiv(rows, block_rows));
@@ -162,6 +163,7 @@ class Call {
   // What belongs to the outputs, for every element of `rows` rows.
   std::vector<A> Repeated(const A* of_outputs, int64_t rows) const {
     std::vector<A> all;
+    if (of_outputs) all.reserve(rows * args_.outputs);
     for (int64_t r = 0; of_outputs && r < rows; ++r) {
       all.insert(all.end(), of_outputs, of_outputs + args_.outputs);
     }

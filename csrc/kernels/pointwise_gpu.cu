@@ -60,7 +60,7 @@ FUSEDLOSS_DEVICE A Smoothed(A y, A smoothing) {
   return y * (1 - smoothing) + A(0.5) * smoothing;
 }
 
-// `parameter` is δ, q or label_smoothing.
+// `parameter` is δ, quantile or label_smoothing.
 template <Pointwise kKind, typename A>
 FUSEDLOSS_DEVICE Point<A> Formula(A p, A y, A parameter, A lowest, A highest) {
   const A e = p - y;
@@ -84,7 +84,8 @@ FUSEDLOSS_DEVICE Point<A> Formula(A p, A y, A parameter, A lowest, A highest) {
     const A slope = -less_1 * (1 + u) * Reciprocal(1 + u * u);
     return {rest + Log1p(beyond_1), WithSign(slope, e)};
   } else if constexpr (kKind == Pointwise::kQuantile) {
-    const A slope = BySign(e, 1 - parameter, -parameter);
+    const A slope = parameter > 0 ? BySign(e, 1 - parameter, -parameter)
+                                  : BySign(e, -parameter, -1 - parameter);
     return {e * slope, slope};
   } else if constexpr (kKind == Pointwise::kBinaryLogits) {
     const A share = Smoothed(y, parameter);

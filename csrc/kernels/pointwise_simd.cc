@@ -97,9 +97,11 @@ struct Formula<Pointwise::kLogCosh, A> {
 template <typename A>
 struct Formula<Pointwise::kQuantile, A> {
   FUSEDLOSS_INLINE explicit Formula(const PointwisePlan<A>&) {}
-  FUSEDLOSS_INLINE Point<A> operator()(Vec<A> p, Vec<A> y, Vec<A> q) const {
+  FUSEDLOSS_INLINE Point<A> operator()(Vec<A> p, Vec<A> y, Vec<A> quantile) const {
     Vec<A> e = p - y;
-    Vec<A> slope = BySign<A>(e, A(1) - q, -q);
+    Mask<A> is_low = quantile > A(0);
+    Vec<A> one = Set(A(1));
+    Vec<A> slope = BySign<A>(e, Keep<A>(is_low, one) - quantile, -Keep<A>(~is_low, one) - quantile);
     return {e * slope, slope};
   }
 };
@@ -131,10 +133,9 @@ struct Formula<Pointwise::kBinaryProbabilities, A> {
     Vec<A> share = logits.Smoothed(y);
     Vec<A> c = Min<A>(highest, Max<A>(lowest, p));
     Vec<A> rest = A(1) - c;
-    Vec<A> loss = -(share * LogOfNormal<A>(c) + (A(1) - share) * LogOfNormal<A>(rest));
+    Vec<A> loss = -(share * Log<A>(c) + (A(1) - share) * Log<A>(rest));
     Vec<A> slope = Divide<A>(c - share, c * rest);
-    // LogOfNormal does not know NaN.
-    return {Select<A>(p == p, loss, p), Select<A>(c == p, slope, Keep<A>(p != p, p))};
+    return {loss, Select<A>(c == p, slope, Keep<A>(p != p, p))};
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <map>
 #include <memory>
 
@@ -221,7 +222,7 @@ void Attributes::Add(absl::string_view name, int64_t boolean_or_integer_or_type)
 
 void Attributes::Add(absl::string_view name, absl::string_view text) {
   double number = 0;
-  if (!absl::SimpleAtod(text, &number)) number = 0;  // a word, of which nobody asks the number
+  if (!absl::SimpleAtod(text, &number)) number = NAN;  // a word, of which nobody asks the number
   values_.push_back({std::string(name), 0, std::string(text), number});
 }
 

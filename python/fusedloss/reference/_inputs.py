@@ -21,9 +21,25 @@ def number(name, given):
 def weight(name, given):
     """`given` as a float; ValueError if it is not finite or negative."""
     value = number(name, given)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"`{name}` must be finite and at least 0. Got {value}.")
+    if not _is_weight(value):
+        raise ValueError(
+            f"`{name}` must be finite and at least 0. Got {value}{_in_float32(value)}."
+        )
     return value
+
+
+def _is_weight(value):
+    """Whether it is finite and at least 0, and float32 has a number for it that is so too."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.float32(value)
+    return np.isfinite(rounded) & (value >= 0) & ((rounded > 0) == (value > 0))
+
+
+def _in_float32(value):
+    """What is wrong with a number that is only wrong once it is rounded."""
+    if not (math.isfinite(value) and value >= 0):
+        return ""
+    return f", which is {'infinite' if value > 1 else '0'} in float32"
 
 
 def is_list(given):
@@ -47,10 +63,11 @@ def numbers(name, given, one):
 def weights(name, given, one):
     """`numbers`; ValueError if one is not finite or negative."""
     array = numbers(name, given, one)
-    wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+    wrong = np.flatnonzero(~_is_weight(array))
     if wrong.size:
         raise ValueError(
-            f"`{name}` must be finite and at least 0. Got {array[wrong[0]]} at position {wrong[0]}."
+            f"`{name}` must be finite and at least 0. Got {array[wrong[0]]} at position {wrong[0]}"
+            f"{_in_float32(array[wrong[0]])}."
         )
     return array
 
@@ -61,12 +78,14 @@ def loss_dtype(predictions):
 
 
 def check_predictions(targets, predictions):
-    """Raises TypeError for predictions of another type, ValueError for unknown ranks."""
+    """Raises TypeError for a type that is not taken, ValueError for unknown ranks."""
     if predictions.dtype not in FLOATS:
         raise TypeError(
             "The predictions must be float16, bfloat16, float32 or float64. Got "
             f"{predictions.dtype.name}: cast them."
         )
+    if not (targets.dtype.is_floating or targets.dtype.is_integer or targets.dtype.is_bool):
+        raise TypeError(f"The targets must be numbers or booleans. Got {targets.dtype.name}.")
     if predictions.shape.rank is None or targets.shape.rank is None:
         raise ValueError(
             "The ranks of targets and predictions must be known. Got shapes "

@@ -85,8 +85,8 @@ def resolved(given):
     """The variables and tensors that an argument `variables` stands for, in order.
 
     Args:
-      given: a variable, tensor, layer or model, a list of these, or a callable that returns them.
-        Layers and models stand for those of their trainable variables that are not there yet.
+      given: a variable, tensor or array, a layer or model, a list of these, or a callable that
+        returns them. Layers and models stand for their trainable variables.
     Raises:
       TypeError: something else; a variable that is not floating point.
       ValueError: nothing; a variable listed twice; a layer that is not built.
@@ -101,24 +101,26 @@ def resolved(given):
                     f"`variables` holds {item.name!r}, which is not built and has no variables "
                     "yet: build it first, by a call or by its `build(input_shape)`."
                 )
-            found = [x for x in item.trainable_variables if id(x) not in present]
+            found = item.trainable_variables
         elif isinstance(item, keras.Variable | tf.Variable | tf.Tensor | np.ndarray):
-            if id(item) in present:
-                raise ValueError(
-                    f"`variables` holds {_name(item, len(variables))} twice: list it once."
-                )
             found = [item]
         else:
             raise TypeError(
                 "`variables` must be variables, tensors, layers, a model, or a callable without "
                 f"arguments that returns these. Got {item!r}."
             )
-        variables += found
-        present.update(map(id, found))
+        for variable in found:
+            identity = id(variable.value if isinstance(variable, keras.Variable) else variable)
+            if identity in present:
+                raise ValueError(
+                    f"`variables` holds {_name(variable, len(variables))} twice: list it once."
+                )
+            variables.append(variable)
+            present.add(identity)
     if not variables:
         raise ValueError(
             f"`variables` must hold at least one. Got {given!r}: layers and models stand for their "
-            "trainable variables."
+            "trainable variables, and have none where they are frozen."
         )
     for position, variable in enumerate(variables):
         if tf.as_dtype(variable.dtype) not in FLOATS:

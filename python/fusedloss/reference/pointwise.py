@@ -41,8 +41,8 @@ class Formula:
     """The constants of one loss. The class methods check what users give: ValueError."""
 
     kind: str
-    parameter: float  # δ, q or label_smoothing; 0 where there is none
-    quantiles: np.ndarray | None  # q of every output, in place of the parameter
+    parameter: float  # δ, quantile or label_smoothing; 0 where there is none
+    quantiles: np.ndarray | None  # that of every output, in place of the parameter
     output_weights: np.ndarray | None
 
     @classmethod
@@ -54,7 +54,7 @@ class Formula:
     @classmethod
     def huber(cls, delta, output_weights):
         delta = number("delta", delta)
-        if not 0 < delta < math.inf:
+        if not 0 < np.float32(delta) < math.inf:
             raise ValueError(f"`delta` must be finite and greater than 0. Got {delta}.")
         return cls.parse("huber", output_weights, parameter=delta)
 
@@ -95,16 +95,24 @@ class Formula:
 
     def arrays(self, dtype):
         """`output_weights` and `quantiles` as `row_loss` takes them, in `dtype`."""
-        given = (self.output_weights, self.quantiles)
+        quantiles = None if self.quantiles is None else _near_0(self.quantiles)
+        given = (self.output_weights, quantiles)
         return [np.asarray(() if x is None else x, dtype.as_numpy_dtype) for x in given]
 
     def scalars(self):
         """The keyword arguments of `row_loss`."""
         return {
             "kind": self.kind,
-            "parameter": self.parameter,
-            "epsilon": keras.config.epsilon(),
+            "parameter": float(_near_0(self.parameter))
+            if self.kind == "quantile"
+            else self.parameter,
+            "epsilon": float(keras.config.epsilon()),
         }
+
+
+def _near_0(quantile):
+    """Quantiles, those above 1/2 less 1: so 1 - q keeps its digits where they are rounded."""
+    return np.where(np.greater(quantile, 0.5), np.subtract(quantile, 1), quantile)
 
 
 def _lacks_rows(x, shape):
@@ -120,6 +128,9 @@ def _broadcast(targets, predictions):
     neither size is.
     """
     try:
+        # A batch of unknown size would be taken for the outputs.
+        if targets.shape.rank < predictions.shape.rank and targets.shape[-1] is None:
+            raise ValueError
         shape = tf.broadcast_static_shape(targets.shape, predictions.shape)
     except ValueError:
         raise ValueError(
@@ -196,8 +207,8 @@ def aligned_binary(targets, predictions, formula, *, axis):
     if not targets.shape.is_compatible_with(predictions.shape):
         raise ValueError(
             "Targets and predictions of binary cross-entropy must have the same shape. Got targets "
-            f"of shape {targets.shape} and predictions of shape {predictions.shape}: broadcast "
-            "them with `tf.broadcast_to`."
+            f"of shape {targets.shape} and predictions of shape {predictions.shape}: give one "
+            "target an output."
         )
     logits = logits_behind(predictions, formula.kind == "binary_logits", "Sigmoid")
     if logits is not None:
@@ -235,7 +246,9 @@ def _output_loss(targets, predictions, quantiles, kind, parameter, epsilon):
         is_small = size < 1
         small = tf.math.log1p(2 * tf.square(tf.sinh(tf.where(is_small, error, 0) / 2)))
         return tf.where(is_small, small, size + tf.nn.softplus(-2 * size) - math.log(2))
-    return tf.abs(error) * tf.where(error > 0, 1 - quantiles, quantiles)
+    is_low = quantiles > 0  # else they are less by 1
+    above, below = tf.where(is_low, 1 - quantiles, -quantiles), tf.where(is_low, 0.0, 1.0)
+    return tf.abs(error) * tf.where(error > 0, above, tf.cast(below, error.dtype) + quantiles)
 
 
 def row_loss(predictions, targets, output_weights, quantiles, *, kind, parameter, epsilon):
@@ -245,7 +258,7 @@ def row_loss(predictions, targets, output_weights, quantiles, *, kind, parameter
       predictions: float `[..., outputs]`.
       targets: float `[..., outputs]` or `[..., 1]`.
       output_weights: float `[outputs]`, or `[0]` for 1.
-      quantiles: float `[outputs]`, or `[0]` for `parameter`.
+      quantiles: float `[outputs]`, or `[0]` for `parameter`; those above 1/2 less 1.
       kind, parameter, epsilon: see above.
     Returns:
       float `[...]`; 0 without outputs.

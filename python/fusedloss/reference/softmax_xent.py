@@ -191,7 +191,7 @@ class Formula:
             "subset_weight": self.subset_weight,
             "full_weight": self.full_weight,
             "label_smoothing": self.label_smoothing,
-            "epsilon": keras.config.epsilon(),
+            "epsilon": float(keras.config.epsilon()),
         }
 
 
