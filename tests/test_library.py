@@ -165,7 +165,7 @@ def test_the_raw_kernel_is_bitwise_the_same_for_any_number_of_threads(dtype):
 
 
 STEPS_OF_16_MB = {
-    "softmax_xent/sparse": ("1024x4096", "float32"),
+    "softmax_xent/mixture": ("1024x4096", "float32"),
     "pointwise/huber": ("2048x4096", "bfloat16"),
     "pointwise/huber_penalty": ("1024x4096", "float32"),
 }
@@ -186,7 +186,8 @@ def test_a_step_allocates_its_gradients_and_nothing_else_of_their_size():
     assert run.returncode == 0, run.stderr[-2000:]
     for case, found in zip(STEPS_OF_16_MB, json.loads(run.stdout), strict=True):
         assert found["graph fusedloss"] < 2**20 and found["xla fusedloss"] < 2**20, case
-        assert found["graph Keras"] > 2**22, "what the stock form needs is seen"
+        stock = [extra for form, extra in found.items() if form.startswith("graph ")]
+        assert max(stock) > 2**22, "what a stock form needs is seen"
 
 
 DEADLOCK = """

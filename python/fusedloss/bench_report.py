@@ -79,7 +79,7 @@ def verdicts(result: Result) -> list[tuple[str, str, str, bool | None]]:
             stock = result.fastest_stock(mode)
             times = ratio(result, stock)
             name = f"{stock.form} {MODE_TITLES[mode]}"
-            found.append((name, f"{times:.2f}× faster", f"≥ {asked:g}×", times >= asked))
+            found.append((name, f"{times:.2f}× as fast", f"≥ {asked:g}×", times >= asked))
     if result.goal.floor is not None:
         floor = result.floor_ms()
         for mode in MODES:

@@ -1,7 +1,11 @@
 """The penalty on weights: the functional op, and the object that losses carry."""
 
+import re
+
 import keras
 import tensorflow as tf
+from keras.src.models import Functional
+from keras.src.utils.naming import to_snake_case
 from tensorflow.python.ops.parallel_for.pfor import RegisterPFor, wrap
 
 from fusedloss import _lib
@@ -81,10 +85,32 @@ def weight_penalty(variables, *, l1=0.0, l2=0.0, reduce="sum"):
     return penalty_sum(table, values, result_dtype(values))
 
 
+REMEDY = (
+    "Layers that a subclassed model makes need names of their own (`name=...`) when it is saved; a "
+    "model that is loaded can be compiled with a new loss, whose Penalty is given the variables."
+)
+
+
 def _ends_alike(path, other):
     """Whether one path is the end of the other: loading, Keras drops the names of outer models."""
     path, other = f"/{path}", f"/{other}"
     return path.endswith(other) or other.endswith(path)
+
+
+def _numbered_anew(model):
+    """Ids of the variables of layers that Keras names by counting whenever the model is made.
+
+    Not those whose names stand in the config of a functional or sequential model.
+    """
+    named = isinstance(model, Functional | keras.Sequential)
+    found = set()
+    for layer in model._flatten_layers(include_self=False, recursive=False):
+        counted = re.fullmatch(rf"{to_snake_case(type(layer).__name__)}(_\d+)?", layer.name)
+        if counted and not named:
+            found.update(map(id, layer.variables))
+        else:
+            found |= _numbered_anew(layer)
+    return found
 
 
 @keras.saving.register_keras_serializable(package="fusedloss")
@@ -142,9 +168,10 @@ class Penalty:
         Returns:
           Itself.
         Raises:
-          ValueError: the model has no or several variables of such a path.
+          ValueError: the model has no or several variables of such a path; the path is that of a
+            layer without a name of its own in a subclassed model or layer.
         """
-        found = []
+        found, numbered_anew = [], _numbered_anew(model)
         for path in self._known_paths():
             candidates = [variable for variable in model.variables if variable.path == path]
             if not candidates:
@@ -153,7 +180,12 @@ class Penalty:
                 present = sorted(variable.path for variable in model.variables)
                 raise ValueError(
                     f"The penalty needs one variable {path!r}, and the model {model.name!r} has "
-                    f"{len(candidates)}. Its variables: {', '.join(present) or 'none'}."
+                    f"{len(candidates)}. Its variables: {', '.join(present) or 'none'}. {REMEDY}"
+                )
+            if self._paths is not None and id(candidates[0]) in numbered_anew:
+                raise ValueError(
+                    f"The penalty knows a variable by the path {path!r}, but Keras numbers that "
+                    f"layer of {model.name!r} anew in every process: it may be another. {REMEDY}"
                 )
             found += candidates
         self._variables, self._paths = resolved(found), None
