@@ -354,7 +354,7 @@ class BinaryCrossentropy(_Pointwise):
       reduction, name, dtype, output_weights, penalty: as in `Huber`; the weights are of the entries
         along `axis`.
     Raises:
-      ValueError: as `Huber`, except that shapes do not broadcast.
+      ValueError: as `Huber`; shapes that differ, since they do not broadcast here, as in Keras.
     """
 
     def __init__(
