@@ -181,6 +181,7 @@ def test_layers_and_models_stand_for_their_trainable_variables():
         (hidden.kernel, [hidden.kernel]),
         ([hidden, hidden], [hidden.kernel, hidden.bias]),
         ([hidden.kernel, hidden], [hidden.kernel, hidden.bias]),
+        ([hidden, hidden.kernel], [hidden.kernel, hidden.bias]),
         (model, everything),
         ([hidden, model], everything),
         (out.kernel, [out.kernel]),
@@ -956,14 +957,8 @@ BAD = {
         "'bare', which is not built",
     ),
     "twice": ([TWO[0], TWO[0]], {}, ValueError, "position 1.* twice: list it once"),
-    "alone and in a layer": (
-        lambda: (lambda dense: [dense.kernel, dense])(built()),
-        {},
-        ValueError,
-        "kernel.* twice: list it once",
-    ),
-    "in a layer and alone": (
-        lambda: (lambda dense: [dense, dense.kernel.value])(built()),
+    "twice by two names": (
+        lambda: (lambda kernel: [kernel, kernel.value])(built().kernel),
         {},
         ValueError,
         "kernel.* twice: list it once",

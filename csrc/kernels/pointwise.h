@@ -34,7 +34,11 @@ enum class Pointwise {
   kBinaryProbabilities
 };
 
-// Y is T or Accumulator<T>.
+// The types of predictions and targets, T and Accumulator<T>, that there are kernels for.
+#define FUSEDLOSS_POINTWISE_TYPES(X) \
+  X(float, float)                    \
+  X(double, double) X(Half, Half) X(Half, float) X(BFloat16, BFloat16) X(BFloat16, float)
+
 template <typename T, typename Y>
 struct PointwiseArgs {
   using A = Accumulator<T>;

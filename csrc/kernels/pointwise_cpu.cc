@@ -223,12 +223,7 @@ void PointwiseReduced(const Cpu& cpu, const PointwiseArgs<T, Y>& args,
   template void PointwiseGrad(const Cpu&, const PointwiseArgs<T, Y>&, const Accumulator<T>*, T*); \
   template void PointwiseReduced(const Cpu&, const PointwiseArgs<T, Y>&, const Accumulator<T>*,   \
                                  double, Accumulator<T>*, T*);
-FUSEDLOSS_INSTANTIATE(float, float)
-FUSEDLOSS_INSTANTIATE(double, double)
-FUSEDLOSS_INSTANTIATE(Half, Half)
-FUSEDLOSS_INSTANTIATE(Half, float)
-FUSEDLOSS_INSTANTIATE(BFloat16, BFloat16)
-FUSEDLOSS_INSTANTIATE(BFloat16, float)
+FUSEDLOSS_POINTWISE_TYPES(FUSEDLOSS_INSTANTIATE)
 #undef FUSEDLOSS_INSTANTIATE
 
 }  // namespace fusedloss

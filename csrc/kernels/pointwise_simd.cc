@@ -221,12 +221,7 @@ Accumulator<T> RunPointwise(const PointwisePlan<Accumulator<T>>& plan,
 #define FUSEDLOSS_INSTANTIATE(T, Y)                                                \
   template Accumulator<T> RunPointwise<T, Y>(const PointwisePlan<Accumulator<T>>&, \
                                              const PointwiseSpan<T, Y>&);
-FUSEDLOSS_INSTANTIATE(float, float)
-FUSEDLOSS_INSTANTIATE(double, double)
-FUSEDLOSS_INSTANTIATE(Half, Half)
-FUSEDLOSS_INSTANTIATE(Half, float)
-FUSEDLOSS_INSTANTIATE(BFloat16, BFloat16)
-FUSEDLOSS_INSTANTIATE(BFloat16, float)
+FUSEDLOSS_POINTWISE_TYPES(FUSEDLOSS_INSTANTIATE)
 #undef FUSEDLOSS_INSTANTIATE
 
 }  // namespace fusedloss::FUSEDLOSS_CPU_LEVEL

@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     predictions: tf.Tensor
     shape: tf.TensorShape  # of the losses: the leading axes of the predictions
     counted: tf.Tensor | None  # bool, of that shape: the rows that belong to a mean; None: all
-    constants: Any  # the rest, as the subclass wants it
+    formula: Any  # the rest; `formula.arrays(dtype)` are the inputs that have no rows
 
 
 class FusedLoss(keras.losses.Loss):
@@ -39,13 +39,11 @@ class FusedLoss(keras.losses.Loss):
     that a step counts it once. On the training path one op makes the loss, the penalty and all
     their gradients, where the gradients are asked for.
 
-    Subclasses define three methods:
-      `_rows(y_true, y_pred)` checks two tensors and returns `Rows`;
-      `_row_losses(rows)` returns the losses, of shape `rows.shape`;
-      `_reduced_loss(rows, row_weight, penalized, reduction, replicas)` returns the sum of
-        row_weight * loss, divided by rows * replicas if `reduction` is "mean", plus the penalty if
-        `penalized`, what `Penalty.operands` returns, is not None. `row_weight` of shape [0] stands
-        for 1.
+    Subclasses define:
+      `_compiled`: the `CompiledLoss`;
+      `_encoded(formula)`: the attributes of its ops;
+      `_rows(y_true, y_pred)`: checks two tensors and returns `Rows`;
+      `_row_losses(rows)`: the losses, of shape `rows.shape`.
     """
 
     def __init__(self, *, reduction, name, dtype, penalty):
@@ -171,6 +169,19 @@ class FusedLoss(keras.losses.Loss):
         if not (weight.shape.is_fully_defined() and weight.shape == rows.shape):
             weight = tf.broadcast_to(weight, tf.shape(rows.predictions)[: rows.shape.rank])
         return self._reduced_loss(rows, weight, penalized, reduction, replicas)
+
+    def _reduced_loss(self, rows, row_weight, penalized, reduction, replicas):
+        """Sum of row_weight * loss, over rows * replicas if `reduction` is "mean", plus penalty."""
+        return self._compiled.reduced(
+            rows.predictions,
+            rows.targets,
+            *rows.formula.arrays(row_weight.dtype),
+            row_weight,
+            penalized=penalized,
+            reduction=reduction,
+            replicas=replicas,
+            **self._encoded(rows.formula),
+        )
 
 
 def _broadcasts_to(weight, rows):

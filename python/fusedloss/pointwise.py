@@ -165,6 +165,9 @@ def binary_crossentropy(
 class _Pointwise(FusedLoss):
     """What the classes share."""
 
+    _compiled = _COMPILED
+    _encoded = staticmethod(_encoded)
+
     def __init__(self, formula, *, reduction, name, dtype, penalty, **config):
         super().__init__(reduction=reduction, name=name, dtype=dtype, penalty=penalty)
         weights = formula.output_weights
@@ -185,19 +188,7 @@ class _Pointwise(FusedLoss):
         return Rows(targets, predictions, predictions.shape[:-1], None, formula)
 
     def _row_losses(self, rows):
-        return _row_losses(rows.targets, rows.predictions, rows.constants)
-
-    def _reduced_loss(self, rows, row_weight, penalized, reduction, replicas):
-        return _COMPILED.reduced(
-            rows.predictions,
-            rows.targets,
-            *rows.constants.arrays(row_weight.dtype),
-            row_weight,
-            penalized=penalized,
-            reduction=reduction,
-            replicas=replicas,
-            **_encoded(rows.constants),
-        )
+        return _row_losses(rows.targets, rows.predictions, rows.formula)
 
 
 @keras.saving.register_keras_serializable(package="fusedloss")

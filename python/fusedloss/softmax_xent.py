@@ -193,6 +193,8 @@ def sparse_softmax_xent(
 class _SoftmaxXent(FusedLoss):
     """What the two classes share."""
 
+    _compiled = _COMPILED
+    _encoded = staticmethod(_encoded)
     _sparse: bool
 
     def __init__(self, *, reduction, name, dtype, penalty, axis, subset, class_weight, **constants):
@@ -220,19 +222,7 @@ class _SoftmaxXent(FusedLoss):
         return Rows(targets, predictions, predictions.shape[:-1], counted, formula)
 
     def _row_losses(self, rows):
-        return _row_losses(rows.targets, rows.predictions, rows.constants)
-
-    def _reduced_loss(self, rows, row_weight, penalized, reduction, replicas):
-        return _COMPILED.reduced(
-            rows.predictions,
-            rows.targets,
-            *rows.constants.arrays(row_weight.dtype),
-            row_weight,
-            penalized=penalized,
-            reduction=reduction,
-            replicas=replicas,
-            **_encoded(rows.constants),
-        )
+        return _row_losses(rows.targets, rows.predictions, rows.formula)
 
 
 @keras.saving.register_keras_serializable(package="fusedloss")

@@ -81,19 +81,24 @@ def is_callable(given):
     return callable(given) and not isinstance(given, keras.layers.Layer)
 
 
+def _identity(variable):
+    return id(variable.value if isinstance(variable, keras.Variable) else variable)
+
+
 def resolved(given):
     """The variables and tensors that an argument `variables` stands for, in order.
 
     Args:
       given: a variable, tensor or array, a layer or model, a list of these, or a callable that
-        returns them. Layers and models stand for their trainable variables.
+        returns them. Layers and models stand for their trainable variables; what several of them
+        stand for counts once.
     Raises:
       TypeError: something else; a variable that is not floating point.
       ValueError: nothing; a variable listed twice; a layer that is not built.
     """
     if is_callable(given):
         given = given()
-    variables, present = [], set()
+    variables, listed = {}, set()
     for item in given if isinstance(given, list | tuple) else [given]:
         if isinstance(item, keras.layers.Layer):
             if not item.built:
@@ -104,19 +109,19 @@ def resolved(given):
             found = item.trainable_variables
         elif isinstance(item, keras.Variable | tf.Variable | tf.Tensor | np.ndarray):
             found = [item]
+            if _identity(item) in listed:
+                raise ValueError(
+                    f"`variables` holds {_name(item, len(variables))} twice: list it once."
+                )
+            listed.add(_identity(item))
         else:
             raise TypeError(
                 "`variables` must be variables, tensors, layers, a model, or a callable without "
                 f"arguments that returns these. Got {item!r}."
             )
         for variable in found:
-            identity = id(variable.value if isinstance(variable, keras.Variable) else variable)
-            if identity in present:
-                raise ValueError(
-                    f"`variables` holds {_name(variable, len(variables))} twice: list it once."
-                )
-            variables.append(variable)
-            present.add(identity)
+            variables.setdefault(_identity(variable), variable)
+    variables = list(variables.values())
     if not variables:
         raise ValueError(
             f"`variables` must hold at least one. Got {given!r}: layers and models stand for their "
