@@ -82,7 +82,9 @@ def is_callable(given):
 
 
 def _identity(variable):
-    return id(variable.value if isinstance(variable, keras.Variable) else variable)
+    """That of a Keras variable is its backend's: its `value` may be a cast, made anew each time."""
+    value = getattr(variable, "_value", None)
+    return id(variable if value is None else value)
 
 
 def resolved(given):
