@@ -15,8 +15,13 @@ constexpr int kVector = 16 / sizeof(T);
 // first; with the registers that the blocks of a multiprocessor get, they hide the wait for memory.
 template <bool kFlat>
 constexpr int kBatch = kFlat ? 2 : 1;
+#if __CUDA_ARCH__ == 750  // of 1024 threads a multiprocessor, where others have more
+constexpr int kMostBlocksAtOnce = 4;
+#else
+constexpr int kMostBlocksAtOnce = 5;
+#endif
 template <typename T>
-constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 3 : 5;
+constexpr int kBlocksAtOnce = sizeof(T) == 8 ? 3 : kMostBlocksAtOnce;
 // The partial sums of that many blocks fit the workspace, and are added up in no time.
 constexpr int64_t kMaxSums = 8192;
 constexpr int64_t kMaxBlocks = 1 << 30;
