@@ -1,4 +1,5 @@
 // The GPU kernels on a CPU, for tests to call through ctypes.
+#include "kernels/feature_distance.h"
 #include "kernels/gpu.cuh"
 #include "kernels/penalty.h"
 #include "kernels/pointwise.h"
@@ -7,14 +8,16 @@
 namespace fusedloss {
 namespace {
 
-// These are mirrored in test_gpu_kernels.py.
+// These are mirrored in test_gpu_kernels.py and test_gpu_feature_distance.py.
 struct SoftmaxXentArguments {
   int64_t rows, classes, subset_size, ignore_class;
   int64_t from_logits, normalize_full, has_ignore_class;
-  double subset_weight, full_weight, label_smoothing, epsilon, scale;
+  double subset_weight, full_weight, label_smoothing, epsilon, scale, blend[2];
   const void *predictions, *labels32, *labels64, *targets, *class_weight, *subset;
   const void *dloss, *row_weight;
   void *loss, *stats, *gradient;
+  const void* blended;
+  void* dblended;
 };
 struct PointwiseArguments {
   int64_t rows, outputs, one_target_a_row, kind;
@@ -29,6 +32,19 @@ struct PenaltyArguments {
   const double* coefficients;
   const void* dpenalty;
   void* penalty;
+};
+struct FeatureLayerArguments {
+  int64_t positions, channels, reference;
+  const void *predictions, *targets, *channel_weights;
+  void *dpredictions, *dtargets;
+};
+struct FeatureDistanceArguments {
+  int64_t rows, count, metric, channels_last, epsilon_in_root;
+  double epsilon, scale;
+  const FeatureLayerArguments* layers;
+  const double* layer_weights;
+  const void *dloss, *row_weight;
+  void* loss;
 };
 
 // As much memory as the contract promises to suffice, and no more.
@@ -60,6 +76,10 @@ GpuError Run(int op, const SoftmaxXentArguments& from) {
   args.rows = from.rows;
   args.classes = from.classes;
   args.predictions = static_cast<const T*>(from.predictions);
+  args.blended = static_cast<const T*>(from.blended);
+  args.blend[0] = from.blend[0];
+  args.blend[1] = from.blend[1];
+  args.dblended = static_cast<T*>(from.dblended);
   args.labels32 = static_cast<const int32_t*>(from.labels32);
   args.labels64 = static_cast<const int64_t*>(from.labels64);
   args.targets = static_cast<const A*>(from.targets);
@@ -128,6 +148,47 @@ GpuError Run(const PenaltyArguments& from) {
   return error;
 }
 
+template <typename T>
+GpuError Run(int op, const FeatureDistanceArguments& from) {
+  using A = Accumulator<T>;
+  std::vector<FeatureLayer<T>> layers;
+  int64_t shared_features = 0;
+  for (int64_t k = 0; k < from.count; ++k) {
+    const FeatureLayerArguments& layer = from.layers[k];
+    const auto reference = static_cast<FeatureReference>(layer.reference);
+    layers.push_back({layer.positions, layer.channels, static_cast<const T*>(layer.predictions),
+                      static_cast<const T*>(layer.targets),
+                      static_cast<const A*>(layer.channel_weights), reference,
+                      static_cast<T*>(layer.dpredictions), static_cast<T*>(layer.dtargets)});
+    if (reference != FeatureReference::kTarget) shared_features += layer.positions * layer.channels;
+  }
+  std::vector<double> layer_weights(from.count, std::nan(""));
+  FeatureDistanceArgs<T> args{};
+  args.rows = from.rows;
+  args.layers = layers.data();
+  args.count = from.count;
+  args.layer_weights = layer_weights.data();
+  args.metric = static_cast<FeatureMetric>(from.metric);
+  args.channels_last = from.channels_last != 0;
+  args.epsilon_in_root = from.epsilon_in_root != 0;
+  args.epsilon = from.epsilon;
+  Workspace workspace(FeatureDistanceWorkspace(args.rows, args.count, shared_features));
+  Gpu gpu{nullptr, Workspace::Allocate, &workspace};
+  auto* loss = static_cast<A*>(from.loss);
+  pending = [&] { std::copy_n(from.layer_weights, args.count, layer_weights.begin()); };
+  GpuError error = nullptr;
+  if (op == 0) {
+    error = FeatureDistance<T>(gpu, args, loss);
+  } else if (op == 1) {
+    error = FeatureDistanceGrad<T>(gpu, args, static_cast<const A*>(from.dloss));
+  } else {
+    const auto* row_weight = static_cast<const A*>(from.row_weight);
+    error = FeatureDistanceReduced<T>(gpu, args, row_weight, from.scale, loss);
+  }
+  pending = [] {};
+  return error;
+}
+
 }  // namespace
 }  // namespace fusedloss
 
@@ -170,4 +231,18 @@ extern "C" const char* run_pointwise(int op, int dtype, int wide_targets,
 
 extern "C" const char* run_penalty(int in_double, const fusedloss::PenaltyArguments* arguments) {
   return in_double ? fusedloss::Run<double>(*arguments) : fusedloss::Run<float>(*arguments);
+}
+
+extern "C" const char* run_feature_distance(int op, int dtype,
+                                            const fusedloss::FeatureDistanceArguments* arguments) {
+  switch (dtype) {
+    case 0:
+      return fusedloss::Run<float>(op, *arguments);
+    case 1:
+      return fusedloss::Run<double>(op, *arguments);
+    case 2:
+      return fusedloss::Run<fusedloss::Half>(op, *arguments);
+    default:
+      return fusedloss::Run<fusedloss::BFloat16>(op, *arguments);
+  }
 }

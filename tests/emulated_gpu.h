@@ -167,6 +167,14 @@ template <typename A>
 A Reciprocal(A x) {
   return 1 / x;
 }
+template <typename A>
+A Sqrt(A x) {
+  return std::sqrt(x);
+}
+template <typename A>
+A Product(A x, A y) {
+  return x * y;
+}
 
 inline void CheckAligned(const void* memory) {
   if (reinterpret_cast<uintptr_t>(memory) % 16 == 0) return;
@@ -179,6 +187,10 @@ Vector LoadOnce(const void* from) {
   Vector vector;
   std::memcpy(&vector, from, sizeof(vector));
   return vector;
+}
+template <typename Vector>
+Vector LoadAgain(const void* from) {
+  return LoadOnce<Vector>(from);
 }
 template <typename Vector>
 void StoreOnce(void* to, const Vector& vector) {

@@ -28,7 +28,7 @@ def registered(op):
 OPS = [
     *(
         name + suffix
-        for name in ("SoftmaxXent", "Pointwise")
+        for name in ("SoftmaxXent", "Pointwise", "FeatureDistance")
         for suffix in ("", "Grad", "Reduced", "ReducedPenalized")
     ),
     "Penalty",

@@ -54,10 +54,11 @@ class SoftmaxXentArguments(ctypes.Structure):
         )),
         *((name, ctypes.c_double) for name in (
             "subset_weight", "full_weight", "label_smoothing", "epsilon", "scale",
+            "prediction_weight", "blended_weight",
         )),
         *((name, ctypes.c_void_p) for name in (
             "predictions", "labels32", "labels64", "targets", "class_weight", "subset",
-            "dloss", "row_weight", "loss", "stats", "gradient",
+            "dloss", "row_weight", "loss", "stats", "gradient", "blended", "dblended",
         )),
     ]  # fmt: skip
 
@@ -108,8 +109,8 @@ def emulator(tmp_path_factory):
     library = build / "emulated_gpu.so"
     subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
     loaded = ctypes.CDLL(str(library))
-    for function in (loaded.run_softmax_xent, loaded.run_pointwise, loaded.run_penalty):
-        function.restype = ctypes.c_char_p
+    for loss in ("softmax_xent", "pointwise", "penalty", "feature_distance"):
+        getattr(loaded, f"run_{loss}").restype = ctypes.c_char_p
     return loaded
 
 

@@ -1003,7 +1003,7 @@ def test_bad_input(given, arguments, error, text):
         fusedloss.Penalty(lambda: given, **{"l2": 1, **arguments})()
 
 
-@pytest.mark.parametrize("name", losses.__all__)
+@pytest.mark.parametrize("name", sorted({*losses.__all__} - {"BlendedLoss", "PerceptualLoss"}))
 @pytest.mark.parametrize("reduction", [None, "none"])
 def test_a_penalty_needs_a_reduction(reduction, name):
     penalty = fusedloss.Penalty(TWO, l2=1)

@@ -175,3 +175,141 @@ def penalty(values, *, l1=0.0, l2=0.0, reduce="sum"):
         total += a * np.abs(w).sum() + b * (w * w).sum()
         gradients.append(a * np.sign(w) + 2 * b * w)
     return total, gradients
+
+
+def feature_distance(
+    predictions,
+    targets,
+    dloss,
+    *,
+    metric="mse",
+    reference="target",
+    channel_weights=None,
+    layer_weights=None,
+    data_format="channels_last",
+    epsilon=None,
+    epsilon_in_root=True,
+):
+    """The distance of lists of feature maps, one a layer, and its gradients.
+
+    Args:
+      predictions, targets: lists of `[rows, ..., channels]`; of one target of all examples
+        `[1, ..., channels]` or `[..., channels]`; targets are not looked at under "first".
+      dloss: `[rows]`, the cotangents.
+      channel_weights: None or a list, one entry a layer.
+    Returns:
+      Loss `[rows]`; lists of the gradients of sum(dloss * loss) in predictions and in targets; the
+      largest of the terms whose differences the loss is, and a list of those of the gradients.
+    """
+    if epsilon is None:
+        epsilon = {"charbonnier": 1e-3, "cosine": 1e-12, "lpips": 1e-10}.get(metric, 0.0)
+    count, rows = len(predictions), len(predictions[0])
+    of_layers = np.ones(count) if layer_weights is None else layer_weights
+    of_rows = np.asarray(dloss).astype(np.longdouble)
+    is_first = reference == "first"
+    if is_first:
+        of_rows = np.where(np.arange(rows) == 0, 0, of_rows)
+    loss = np.zeros(rows, np.longdouble)
+    dpredictions, dtargets, loss_terms, gradient_terms = [], [], 0, []
+    for k, layer_weight in enumerate(of_layers):
+        a = _channels_last(predictions[k], data_format)
+        b = a[:1]
+        if not is_first:
+            target = np.asarray(targets[k])
+            if target.ndim < np.ndim(predictions[k]):
+                target = target[None]
+            b = _channels_last(target, data_format)
+        weights = np.ones(a.shape[-1], np.longdouble)
+        if channel_weights is not None and channel_weights[k] is not None:
+            weights = np.asarray(channel_weights[k]).astype(np.longdouble)
+        positions = int(np.prod(a.shape[1:-1]))
+        flat = [x.reshape(x.shape[0], positions, x.shape[-1]) for x in (a, b)]
+        distance, slopes, terms, slope_terms = _distance(
+            metric, *flat, weights, np.longdouble(epsilon), epsilon_in_root
+        )
+        distance *= layer_weight
+        if is_first and rows:
+            distance[0] = 0
+        loss += distance
+        loss_terms = max(loss_terms, terms * layer_weight)
+        da, db = (layer_weight * slope * of_rows[:, None, None] for slope in slopes)
+        summed = (layer_weight * slope_terms * np.abs(of_rows)[:, None, None]).sum(0)
+        gradient_terms.append(summed.max(initial=0))
+        if is_first and rows:
+            da[0] += db.sum(0)
+        elif b.shape[0] == 1:
+            db = db.sum(0, keepdims=True)
+        dpredictions.append(_as_given(da.reshape(a.shape), data_format))
+        if not is_first:
+            dtargets.append(_as_given(db.reshape(b.shape), data_format).reshape(targets[k].shape))
+    return loss, dpredictions, dtargets, loss_terms, gradient_terms
+
+
+def _channels_last(features, data_format):
+    x = np.asarray(features).astype(np.longdouble)
+    return np.moveaxis(x, 1, -1) if data_format == "channels_first" else x
+
+
+def _as_given(features, data_format):
+    return np.moveaxis(features, -1, 1) if data_format == "channels_first" else features
+
+
+def _distance(metric, a, b, w, epsilon, epsilon_in_root):
+    """D `[rows]`, its slopes in a and b, and the sizes of their terms.
+
+    a: `[rows, positions, channels]`; b: that, or with one row.
+    """
+    rows, positions, channels = a.shape
+    e = a - b
+    if e.size == 0:
+        return np.zeros(rows, np.longdouble), (e, e), 0, np.abs(e)
+    if metric in ("mse", "mae", "charbonnier"):
+        if metric == "mse":
+            size, slope = e * e, 2 * e
+        elif metric == "mae":
+            size, slope = np.abs(e), np.sign(e)
+        else:
+            size = np.sqrt(e * e + epsilon**2)
+            slope = e / size
+        slope = w * slope / (positions * channels)
+        return (w * size).mean((1, 2)), (slope, -slope), 0, np.abs(slope)
+    if metric == "gram":
+        gram_a, gram_b = (np.einsum("rpi,rpj->rij", x, x) / positions for x in (a, b))
+        difference = gram_a - gram_b
+        scale = 4 / np.longdouble(positions * channels**2)
+        slopes = [sign * scale * (x @ difference) for sign, x in ((1, a), (-1, b))]
+        magnitude = sum(np.einsum("rpi,rpj->rij", np.abs(x), np.abs(x)) / positions for x in (a, b))
+        terms = 2 * (np.abs(difference) * magnitude).mean((1, 2)).max()
+        slope_terms = scale * (np.abs(a) + np.abs(b)) @ magnitude
+        return (difference**2).mean((1, 2)), slopes, terms, slope_terms
+    if metric == "cosine":
+        sum_a, sum_b = ((w * x * x).sum(-1, keepdims=True) + epsilon for x in (a, b))
+        norms = np.sqrt(sum_a) * np.sqrt(sum_b)
+        cosine = (w * a * b).sum(-1, keepdims=True) / norms
+        slopes = [
+            -w * (y / norms - cosine * x / squared) / positions
+            for x, y, squared in ((a, b, sum_a), (b, a, sum_b))
+        ]
+        slope_terms = sum(
+            w * (np.abs(y) / norms + np.abs(cosine * x) / squared) / positions
+            for x, y, squared in ((a, b, sum_a), (b, a, sum_b))
+        )
+        return (1 - cosine[..., 0]).mean(-1), slopes, 1, slope_terms
+    assert metric == "lpips"
+    roots = [np.sqrt((x * x).sum(-1, keepdims=True)) for x in (a, b)]
+    if epsilon_in_root:
+        roots = norms = [np.sqrt(root**2 + epsilon) for root in roots]
+    else:
+        norms = [root + epsilon for root in roots]
+    unit_a, unit_b = a / norms[0], b / norms[1]
+    difference = unit_a - unit_b
+    pull = 2 * w * difference / positions
+    slopes, slope_terms = [], 0
+    for sign, x, root, norm in zip((1, -1), (a, b), roots, norms, strict=True):
+        along = (x * pull).sum(-1, keepdims=True)
+        back = x * along / (norm**2 * np.where(root == 0, 1, root))
+        slopes.append(sign * (pull / norm - back))
+        sizes = 2 * w * (np.abs(unit_a) + np.abs(unit_b)) / positions
+        slope_terms = slope_terms + sizes / norm
+    terms = 2 * (w * np.abs(difference) * (np.abs(unit_a) + np.abs(unit_b))).sum(-1)
+    return (w * difference**2).sum(-1).mean(-1), slopes, terms.mean(-1).max(), slope_terms

@@ -4,7 +4,9 @@ A batch of a case is two lists of tensors: leaves, of which gradients are wanted
 """
 
 import dataclasses
+import math
 
+import features
 import pointwise
 import torch
 import xent
@@ -53,8 +55,12 @@ class Case:
 
     @property
     def leaves_bytes(self):
-        elements = self.rows * self.classes + self.kernels * KERNEL_SIZE**2
-        return elements * self.dtype.itemsize
+        return sum(map(math.prod, self.leaf_shapes)) * self.dtype.itemsize
+
+    @property
+    def leaf_shapes(self):
+        predictions = [(self.rows, self.classes)] if self.classes else []
+        return predictions + [(KERNEL_SIZE, KERNEL_SIZE)] * self.kernels
 
     @property
     def batches(self):
@@ -208,6 +214,92 @@ class Pointwise(Case):
         return max(error, _error_of_rows(self, pointwise, data[0], form, data[1], penalty))
 
 
+@dataclasses.dataclass(frozen=True)
+class Features(Case):
+    """`kind`: a metric, "first" behind it if the reference is the first example.
+
+    `maps`: positions and channels of each layer.
+    """
+
+    maps: tuple = ()
+
+    @property
+    def name(self):
+        layers = ", ".join(f"{positions}×{channels}" for positions, channels in self.maps)
+        return f"{self.kind} {self.rows}×({layers}) {_dtype_name(self.dtype)}"
+
+    @property
+    def is_first(self):
+        return self.kind.endswith("first")
+
+    @property
+    def leaf_shapes(self):
+        return [(self.rows, *layer) for layer in self.maps]
+
+    @property
+    def targets_bytes(self):
+        return 0 if self.is_first else self.leaves_bytes
+
+    def sample(self):
+        def normal():
+            maps = [torch.randn(shape, device="cuda") for shape in self.leaf_shapes]
+            return [x.to(self.dtype) for x in maps]
+
+        metric = self.kind.split()[0]
+        form = {
+            "metric": metric, "epsilon": features.EPSILONS.get(metric, 0.0),
+            "layer_weights": torch.ones(len(self.maps), dtype=torch.float64, device="cuda"),
+        }  # fmt: skip
+        return [(normal(), [] if self.is_first else normal()) for _ in range(self.batches)], form
+
+    def own(self, kernels, batch, form):
+        """Loss and gradients by our kernels."""
+        predictions, targets = batch
+        loss = torch.empty(1, device="cuda")
+        gradients = [torch.empty_like(x) for x in predictions]
+        kernels.features_reduced(
+            predictions, targets or None, form, None, 1 / self.rows, loss, gradients, None
+        )
+        return loss, gradients
+
+    def torch_losses(self, form):
+        """The mean loss as users write it: {name: fn(leaves, constants)}."""
+        metric, epsilon = form["metric"], form["epsilon"]
+
+        def distance(a, b):
+            a, b = a.float(), b.float()
+            if metric == "mse":
+                return torch.nn.functional.mse_loss(a, b.expand_as(a))
+            if metric == "cosine":
+                return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
+            a, b = (x * (x.square().sum(-1, keepdim=True) + epsilon).rsqrt() for x in (a, b))
+            return (a - b).square().sum(-1).mean()
+
+        def loss(leaves, constants):
+            targets = constants or [x[:1] for x in leaves]
+            return sum(map(distance, leaves, targets))
+
+        return {"": loss}
+
+    def own_error(self, batch, form, result):
+        """The relative error of all gradients, or of the loss if that is larger."""
+        (predictions, targets), (loss, gradients) = batch, result
+        total, error = 0.0, 0.0
+        scales = torch.full((self.rows,), 1 / self.rows, dtype=torch.float64, device="cuda")
+        for k, found in enumerate(gradients):
+            of_layer = [predictions[k].double()], [targets[k].double()] if targets else None
+            one = {**form, "layer_weights": form["layer_weights"][k : k + 1]}
+            rows, (right, *_) = features.row_loss_and_gradients(
+                *of_layer, torch.float64, scales, one
+            )
+            total += rows.mean().item()
+            error = max(error, relative_error([found], [right]))
+        return max(error, abs(loss - total) / total)
+
+
+VGG16 = ((224**2, 64), (112**2, 128), (56**2, 256), (28**2, 512), (14**2, 512))
+
+
 def _error_of_rows(case, module, batch, form, result, penalty=0.0):
     ((x,), (targets,)), (loss, (gradient,)) = batch, result
     total, error = 0.0, 0.0
@@ -246,6 +338,17 @@ CASES = [
             ("binary logits", 16384, 16384, 0.85, 1.0, 0),
             ("Huber + L2", 4096, 8192, 0.85, 1.3, 64),
             ("L2", 0, 0, 0.85, 1.3, 64),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
+    *(
+        Features(kind, rows, 0, dtype, share, ratio, maps=maps)
+        for kind, rows, maps, share, ratio in (
+            ("lpips", 32, VGG16, 0.80, 1.5),
+            ("lpips", 32, ((56**2, 256),), 0.80, 1.0),
+            ("cosine", 262144, ((1, 512),), 0.80, 1.0),
+            ("mse", 64, ((56**2, 256),), 0.85, 1.0),
+            ("mse first", 64, ((56**2, 256),), 0.80, 1.0),
         )
         for dtype in (torch.bfloat16, torch.float32)
     ),

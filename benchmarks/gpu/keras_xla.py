@@ -31,8 +31,31 @@ POINTWISE = {  # the Keras class and that of truth.py
 }
 
 
+def feature_loss(metric):
+    """The mean distance of lists of feature maps; targets of None: the first example."""
+
+    def distance(b, a):
+        a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
+        if metric == "mse":
+            return tf.reduce_mean(tf.math.squared_difference(a, b))
+        a, b = (tf.math.l2_normalize(x, axis=-1, epsilon=1e-12) for x in (a, b))
+        if metric == "cosine":
+            return 1 - tf.reduce_mean(tf.reduce_sum(a * b, axis=-1))
+        return tf.reduce_mean(tf.reduce_sum(tf.math.squared_difference(a, b), axis=-1))
+
+    def loss(targets, predictions):
+        return tf.add_n([
+            distance(x[:1] if targets is None else targets[k], x)
+            for k, x in enumerate(predictions)
+        ])  # fmt: skip
+
+    return loss
+
+
 def mean_losses(case, ids):
     """The mean loss as users write it: {name: fn(targets, predictions)}."""
+    if "maps" in case:
+        return {"": feature_loss(case["kind"].split()[0])}
     if case["kind"] in POINTWISE:
         return {"": POINTWISE[case["kind"]][0]}
     if case["kind"] == "L2":
@@ -71,6 +94,12 @@ def mean_losses(case, ids):
 def sample(case):
     """Targets, or None, and what has gradients: predictions, if there are targets, and weights."""
     shape, dtype = (case["rows"], case["classes"]), case["dtype"]
+    if "maps" in case:
+        maps = [
+            [tf.cast(tf.random.normal((case["rows"], *layer)), dtype) for layer in case["maps"]]
+            for _ in range(2)
+        ]
+        return None if case["kind"].endswith("first") else maps[1], maps[0]
     weights = [
         tf.cast(tf.random.normal((KERNEL_SIZE, KERNEL_SIZE), stddev=0.02), dtype)
         for _ in range(case["kernels"])
@@ -93,7 +122,7 @@ def sample(case):
     return targets, [tf.cast(x, dtype)]
 
 
-def lap_of(loss):
+def lap_of(loss, is_of_features):
     @tf.function(jit_compile=True)
     def lap(batches):
         values, gradients = [], []
@@ -101,7 +130,9 @@ def lap_of(loss):
             with tf.GradientTape() as tape:
                 tape.watch(leaves)
                 weights, value = leaves, 0.0
-                if targets is not None:
+                if is_of_features:
+                    value, weights = loss(targets, leaves), []
+                elif targets is not None:
                     value, weights = loss(targets, leaves[0]), leaves[1:]
                 for weight in weights:
                     value += L2 * tf.reduce_sum(tf.square(tf.cast(weight, tf.float32)))
@@ -113,11 +144,24 @@ def lap_of(loss):
 
 
 def gradient_error(case, ids, batch, gradients):
-    """Relative error of the first rows, in the sum of absolute values."""
+    """Relative error of the first rows, in the sum of absolute values.
+
+    Of feature maps, of the last layer's; under "first" without the first example's.
+    """
 
     def first_rows(tensors):
         return tf.cast(tensors[0][:CHECKED_ROWS], tf.float64).numpy()
 
+    if "maps" in case:
+        is_first = case["kind"].endswith("first")
+        x, found = first_rows(batch[1][-1:])[:, None], first_rows(gradients[-1:])
+        y = x[:1] if is_first else first_rows(batch[0][-1:])[:, None]
+        scales = np.full(len(x), 1 / case["rows"])
+        _, (right,), *_ = truth.feature_distance(
+            [x], [y], scales, metric=case["kind"].split()[0], epsilon=1e-12
+        )
+        found, right = found[is_first:], right[is_first:, 0]
+        return float(np.abs(found - right).sum() / np.abs(right).sum())
     targets, x = batch[0], first_rows(batch[1])
     if case["kind"] == "L2":
         right = 2 * L2 * x
@@ -143,7 +187,7 @@ def measure(case):
     batches = [sample(case) for _ in range(case["batches"])]
     found, notes = [], []
     for name, loss in mean_losses(case, ids).items():
-        lap, times_ms = lap_of(loss), []
+        lap, times_ms = lap_of(loss, "maps" in case), []
         for _ in range(WARM_UP_LAPS + LAPS):
             start = time.perf_counter()
             values, gradients = lap(batches)

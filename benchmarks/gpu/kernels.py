@@ -1,7 +1,7 @@
 """The compiled kernels on torch tensors, each into tensors that the caller made.
 
-A form of a loss is a dict of the keywords that the plain formula, in xent.py or pointwise.py, takes
-as well.
+A form of a loss is a dict of the keywords that the plain formula, in xent.py, pointwise.py or
+features.py, takes as well.
 """
 
 import torch
@@ -68,3 +68,34 @@ class Kernels:
         arrays = map(_device_array, (coefficients, dpenalty, penalty))
         stream = torch.cuda.current_stream().cuda_stream
         self._module.penalty(rows, *arrays, stream)
+
+    def _features(self, name, predictions, targets, form, gradients, *arguments):
+        dpredictions, dtargets = gradients
+        nothing = [None] * len(predictions)
+        lists = (predictions, targets, form.get("channel_weights"), dpredictions, dtargets)
+        layers = [
+            list(map(_device_array, layer))
+            for layer in zip(*(x or nothing for x in lists), strict=True)
+        ]
+        getattr(self._module, f"feature_distance{name}")(
+            _name(predictions[0].dtype), layers, _device_array(form["layer_weights"]),
+            form["metric"], form.get("channels_last", True), form.get("epsilon", 0.0),
+            form.get("epsilon_in_root", True), *map(_device_array, arguments),
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+
+    def features(self, predictions, targets, form, loss):
+        """Lists of maps `[rows, positions, channels]`; targets are None under "first"."""
+        self._features("", predictions, targets, form, (None, None), loss)
+
+    def features_grad(self, predictions, targets, form, dloss, dpredictions, dtargets):
+        gradients = dpredictions, dtargets
+        self._features("_grad", predictions, targets, form, gradients, dloss)
+
+    def features_reduced(
+        self, predictions, targets, form, row_weight, scale, loss, dpredictions, dtargets
+    ):
+        """`dtargets` may be None: not wanted."""
+        arguments = row_weight, scale, loss
+        gradients = dpredictions, dtargets
+        self._features("_reduced", predictions, targets, form, gradients, *arguments)

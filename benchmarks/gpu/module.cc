@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/feature_distance.h"
 #include "kernels/penalty.h"
 #include "kernels/pointwise.h"
 #include "kernels/softmax_xent.h"
@@ -377,6 +378,107 @@ void PenaltyOf(const std::vector<std::tuple<std::string, py::object, py::object>
   }
 }
 
+// What a call of feature_distance is given, and the layers that its arguments point to.
+template <typename T>
+struct FeatureCall {
+  FeatureDistanceArgs<T> args{};
+  std::vector<FeatureLayer<T>> layers;
+};
+
+using LayerArrays = std::vector<py::object>;
+
+// layers: [predictions, targets, channel weights, dpredictions, dtargets] each, all but the first
+// may be None. Predictions are [rows, positions, channels] or [rows, channels, positions]; targets
+// that, one row of it for all examples, or None under "first".
+template <typename T>
+void ReadLayers(const std::vector<LayerArrays>& layers, const py::object& layer_weights,
+                const std::string& metric, bool channels_last, double epsilon, bool epsilon_in_root,
+                FeatureCall<T>& call) {
+  using A = Accumulator<T>;
+  static const std::vector<std::string> kMetrics = {"mse", "mae", "charbonnier", "cosine", "lpips"};
+  const auto known = std::find(kMetrics.begin(), kMetrics.end(), metric);
+  if (known == kMetrics.end()) throw py::value_error("unknown metric " + metric);
+  for (const LayerArrays& arrays : layers) {
+    DeviceArray features(arrays.at(0), "predictions");
+    Shape shape = features.shape;
+    if (shape.size() != 3) features.Refuse("must have three dimensions");
+    FeatureLayer<T> layer{};
+    call.args.rows = shape[0];
+    layer.positions = shape[channels_last ? 1 : 2];
+    layer.channels = shape[channels_last ? 2 : 1];
+    layer.predictions = features.As<const T>(TypesOf<T>(), shape);
+    Shape of_targets = shape;
+    layer.reference = FeatureReference::kFirst;
+    if (!arrays.at(1).is_none()) {
+      DeviceArray targets(arrays[1], "targets");
+      of_targets[0] = targets.shape.at(0);
+      layer.reference = of_targets[0] == 1 && shape[0] != 1 ? FeatureReference::kOneTarget
+                                                            : FeatureReference::kTarget;
+      if (layer.reference == FeatureReference::kTarget) of_targets = shape;
+      layer.targets = targets.As<const T>(TypesOf<T>(), of_targets);
+    }
+    if (!arrays.at(2).is_none()) {
+      layer.channel_weights = Read<const A>(arrays[2], "channel weights", {layer.channels});
+    }
+    if (!arrays.at(3).is_none()) layer.dpredictions = Read<T>(arrays[3], "dpredictions", shape);
+    if (!arrays.at(4).is_none()) layer.dtargets = Read<T>(arrays[4], "dtargets", of_targets);
+    call.layers.push_back(layer);
+  }
+  call.args.layers = call.layers.data();
+  call.args.count = static_cast<int64_t>(layers.size());
+  call.args.layer_weights = Read<const double>(layer_weights, "layer weights", {call.args.count});
+  call.args.metric = static_cast<FeatureMetric>(known - kMetrics.begin());
+  call.args.channels_last = channels_last;
+  call.args.epsilon = epsilon;
+  call.args.epsilon_in_root = epsilon_in_root;
+}
+
+// `enqueue` takes the workspace's GPU, the arguments and the array of A.
+template <typename Enqueue>
+void FeaturesOf(const std::string& dtype, const std::vector<LayerArrays>& layers,
+                const py::object& layer_weights, const std::string& metric, bool channels_last,
+                double epsilon, bool epsilon_in_root, uintptr_t stream, Enqueue&& enqueue) {
+  WithType(dtype, [&](auto element) {
+    FeatureCall<decltype(element)> call;
+    ReadLayers(layers, layer_weights, metric, channels_last, epsilon, epsilon_in_root, call);
+    Workspace workspace(stream);
+    Check(enqueue(workspace.gpu(), call.args, Accumulator<decltype(element)>{}));
+  });
+}
+
+void Features(const std::string& dtype, const std::vector<LayerArrays>& layers,
+              const py::object& layer_weights, const std::string& metric, bool channels_last,
+              double epsilon, bool epsilon_in_root, const py::object& loss, uintptr_t stream) {
+  FeaturesOf(dtype, layers, layer_weights, metric, channels_last, epsilon, epsilon_in_root, stream,
+             [&](const Gpu& gpu, const auto& args, auto sum) {
+               return FeatureDistance(gpu, args, Read<decltype(sum)>(loss, "loss", {args.rows}));
+             });
+}
+
+void FeaturesGrad(const std::string& dtype, const std::vector<LayerArrays>& layers,
+                  const py::object& layer_weights, const std::string& metric, bool channels_last,
+                  double epsilon, bool epsilon_in_root, const py::object& dloss, uintptr_t stream) {
+  FeaturesOf(dtype, layers, layer_weights, metric, channels_last, epsilon, epsilon_in_root, stream,
+             [&](const Gpu& gpu, const auto& args, auto sum) {
+               using A = decltype(sum);
+               return FeatureDistanceGrad(gpu, args, Read<const A>(dloss, "dloss", {args.rows}));
+             });
+}
+
+void FeaturesReduced(const std::string& dtype, const std::vector<LayerArrays>& layers,
+                     const py::object& layer_weights, const std::string& metric, bool channels_last,
+                     double epsilon, bool epsilon_in_root, const py::object& row_weight,
+                     double scale, const py::object& loss, uintptr_t stream) {
+  FeaturesOf(dtype, layers, layer_weights, metric, channels_last, epsilon, epsilon_in_root, stream,
+             [&](const Gpu& gpu, const auto& args, auto sum) {
+               using A = decltype(sum);
+               const A* weight = row_weight.is_none()
+                                     ? nullptr
+                                     : Read<const A>(row_weight, "row_weight", {args.rows});
+               return FeatureDistanceReduced(gpu, args, weight, scale, Read<A>(loss, "loss", {1}));
+             });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(fusedloss_gpu, m) {
@@ -392,6 +494,9 @@ PYBIND11_MODULE(fusedloss_gpu, m) {
   m.def("pointwise", &Loss, "Writes loss.");
   m.def("pointwise_grad", &LossGrad, "Writes dpredictions.");
   m.def("pointwise_reduced", &LossReduced, "Writes loss and gradient.");
+  m.def("feature_distance", &Features, "Writes loss.");
+  m.def("feature_distance_grad", &FeaturesGrad, "Writes the gradients of the layers.");
+  m.def("feature_distance_reduced", &FeaturesReduced, "Writes loss and gradients of the layers.");
   m.def("penalty", &PenaltyOf, "Writes penalty and gradients, as far as they are given.");
 }
 

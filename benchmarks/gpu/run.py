@@ -94,11 +94,13 @@ def machine():
 def check(kernels, seed, sanitized):
     """Prints what was checked; returns a document for JSON."""
     import check as checks
+    import check_features
     import check_pointwise
 
     reference = "cpu" if sanitized else "cuda"
     report = checks.check_all(kernels, seed, "cuda", reference, sanitized)
-    check_pointwise.check_all(report, kernels, seed, "cuda", reference, sanitized)
+    for of_others in (check_pointwise, check_features):
+        of_others.check_all(report, kernels, seed, "cuda", reference, sanitized)
     counts = ", ".join(f"{count} {group}" for group, count in report.counts.items())
     print(f"Checked (seed {seed}): {counts}.")
     if not sanitized:

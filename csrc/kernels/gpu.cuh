@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "kernels/device.h"
 #include "kernels/half.h"
@@ -135,8 +136,13 @@ FUSEDLOSS_DEVICE float Reciprocal(float x) {
   return reciprocal;
 }
 FUSEDLOSS_DEVICE double Reciprocal(double x) { return 1 / x; }
+FUSEDLOSS_DEVICE float Sqrt(float x) { return sqrtf(x); }
+FUSEDLOSS_DEVICE double Sqrt(double x) { return sqrt(x); }
+// x · y, rounded before it is added to anything.
+FUSEDLOSS_DEVICE float Product(float x, float y) { return __fmul_rn(x, y); }
+FUSEDLOSS_DEVICE double Product(double x, double y) { return __dmul_rn(x, y); }
 
-// ---- Memory that is touched once: 16 bytes, aligned. Clang has no intrinsics for them.
+// ---- 16 bytes of memory, aligned, that are touched once, or again. Clang has no intrinsics.
 
 template <typename Vector>
 FUSEDLOSS_DEVICE Vector LoadOnce(const void* from) {
@@ -145,6 +151,18 @@ FUSEDLOSS_DEVICE Vector LoadOnce(const void* from) {
   asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                : "l"(__cvta_generic_to_global(from)));
+  Vector vector;
+  memcpy(&vector, &bits, sizeof(bits));
+  return vector;
+}
+template <typename Vector>
+FUSEDLOSS_DEVICE Vector LoadAgain(const void* from) {
+  static_assert(sizeof(Vector) == 16);
+  uint4 bits;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
   Vector vector;
   memcpy(&vector, &bits, sizeof(bits));
   return vector;
@@ -266,8 +284,8 @@ struct Vector {
 template <typename T>
 struct alignas(16) Aligned : Vector<T, 16 / sizeof(T)> {};
 
-// One element, or a multiple of 16 bytes at an aligned address.
-template <typename T, int kCount>
+// One element, or a multiple of 16 bytes at an aligned address; kAgain: that others read, too.
+template <bool kAgain = false, typename T, int kCount>
 FUSEDLOSS_DEVICE void Load(const T* from, Vector<T, kCount>& to) {
   if constexpr (kCount == 1) {
     to.values[0] = *from;
@@ -276,7 +294,7 @@ FUSEDLOSS_DEVICE void Load(const T* from, Vector<T, kCount>& to) {
     static_assert(kCount % kPart == 0);
 #pragma unroll
     for (int i = 0; i < kCount; i += kPart) {
-      const auto part = LoadOnce<Aligned<T>>(from + i);
+      const auto part = kAgain ? LoadAgain<Aligned<T>>(from + i) : LoadOnce<Aligned<T>>(from + i);
       memcpy(&to.values[i], part.values, sizeof(part.values));
     }
   }
@@ -293,7 +311,7 @@ FUSEDLOSS_DEVICE void Store(T* to, const Vector<T, kCount>& from) {
   }
 }
 
-// The same into shared memory.
+// The same into shared memory, or where it will be read again.
 template <typename T, int kCount>
 FUSEDLOSS_DEVICE void Keep(T* to, const Vector<T, kCount>& from) {
   if constexpr (kCount == 1) {
@@ -368,6 +386,12 @@ FUSEDLOSS_DEVICE void ReduceLanes(int lanes, uint32_t among, A (&values)[kValues
   }
 }
 
+// The lanes of its warp that are in one run of `lanes`, a power of two, with the calling thread.
+FUSEDLOSS_DEVICE uint32_t AmongLanes(int lanes) {
+  const uint32_t first = (lanes == kWarp ? 0 : 1u << lanes) - 1u;
+  return first << (ThreadId() % kWarp / lanes * lanes);
+}
+
 // Σ of `mine` over the block's threads, in the first kSumBytes of shared memory.
 constexpr int64_t kSumBytes = kWarps * sizeof(double);
 FUSEDLOSS_DEVICE double SumOfBlock(double mine) {
@@ -398,6 +422,32 @@ SumUp(const In* values, const In* weights, int64_t count, double scale, Out* sum
   if (ThreadId() == 0) sums[BlockId()] = static_cast<Out>(scale * sum);
 }
 
+// ---- Tables of arrays, for one kernel that runs over the tiles of them all. An Entry has the
+// number of its first_tile.
+
+template <typename Entry>
+struct Entries {
+  static constexpr int kCount = (4096 - 64) / sizeof(Entry);  // that a kernel's parameters hold
+  Entry entries[kCount];
+};
+
+template <typename Entry>
+FUSEDLOSS_KERNEL_OF(kWarp, 1)
+Fill(Entries<Entry> from, int count, Entry* table) {
+  for (int i = ThreadId(); i < count; i += kWarp) table[i] = from.entries[i];
+}
+
+// The last entry that begins at or before the tile.
+template <typename Entry>
+FUSEDLOSS_DEVICE int64_t EntryOf(const Entry* table, int64_t count, int64_t tile) {
+  int64_t entry = 0;
+  for (int64_t past = count; past - entry > 1;) {
+    const int64_t middle = (entry + past) / 2;
+    (table[middle].first_tile <= tile ? entry : past) = middle;
+  }
+  return entry;
+}
+
 // ---- The host's side.
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -414,6 +464,25 @@ constexpr GpuError kNoMemory = "out of memory";
 
 #define FUSEDLOSS_RETURN_IF_ERROR(call) \
   if (GpuError error = call) return error
+
+// *table: of these entries. They travel to device memory as parameters of small kernels: a copy
+// from the host's memory would have to wait, and could not be recorded in a CUDA graph.
+template <typename Entry>
+GpuError MakeTable(const Gpu& gpu, const std::vector<Entry>& entries, const Entry** table) {
+  const auto count = static_cast<int64_t>(entries.size());
+  if (count == 0) return nullptr;
+  auto* made = static_cast<Entry*>(gpu.allocate(gpu.owner, count * int64_t{sizeof(Entry)}));
+  if (made == nullptr) return kNoMemory;
+  for (int64_t first = 0; first < count; first += Entries<Entry>::kCount) {
+    Entries<Entry> some{};
+    const int64_t left = count - first;
+    const int size = left < some.kCount ? static_cast<int>(left) : some.kCount;
+    for (int i = 0; i < size; ++i) some.entries[i] = entries[first + i];
+    FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu, Fill<Entry>, 1, kWarp, 1, 0, some, size, made + first));
+  }
+  *table = made;
+  return nullptr;
+}
 
 }  // namespace fusedloss
 

@@ -1,6 +1,6 @@
-// A penalty on any number of variables on a GPU: one kernel runs over the tiles of them all. What
-// it needs to know of them travels to device memory as parameters of small kernels: a copy from the
-// host's memory would have to wait, and could not be recorded in a CUDA graph.
+// A penalty on any number of variables on a GPU: one kernel runs over the tiles of them all.
+#include <vector>
+
 #include "kernels/gpu.cuh"
 #include "kernels/penalty.h"
 
@@ -10,7 +10,6 @@ namespace {
 constexpr int kBatch = 4;  // vectors that a thread loads before it uses the first
 constexpr int64_t kTileBytes = kThreads * kBatch * 16;
 constexpr int64_t kMaxBlocks = 8192;  // their sums are added up in no time
-constexpr int kFilled = 64;           // entries that a kernel's parameters, at most 4 KiB, hold
 
 // A variable that has elements.
 struct Entry {
@@ -22,16 +21,6 @@ struct Entry {
   FloatType type;
   bool wide;  // both begin where 16 bytes begin
 };
-
-struct Entries {
-  Entry entries[kFilled];
-};
-static_assert(sizeof(Entries) + 64 <= 4096);
-
-FUSEDLOSS_KERNEL_OF(kFilled, 1)
-Fill(Entries from, int count, Entry* table) {
-  if (ThreadId() < count) table[ThreadId()] = from.entries[ThreadId()];
-}
 
 // Writes the gradient of a tile, and returns this thread's share of its penalty.
 template <typename T>
@@ -79,12 +68,7 @@ OverVariables(const Entry* table, int64_t count, const double* coefficients, int
   const double cotangent = dpenalty ? static_cast<double>(*dpenalty) : 1;
   int64_t tile = BlockId() * block_tiles;
   const int64_t end = tile + block_tiles < tiles ? tile + block_tiles : tiles;
-  // The last variable that begins at or before the tile.
-  int64_t variable = 0;
-  for (int64_t past = count; past - variable > 1;) {
-    const int64_t middle = (variable + past) / 2;
-    (table[middle].first_tile <= tile ? variable : past) = middle;
-  }
+  int64_t variable = EntryOf(table, count, tile);
   double sum = 0;
   for (; tile < end; ++tile) {
     if (variable + 1 < count && table[variable + 1].first_tile == tile) ++variable;
@@ -113,39 +97,27 @@ OverVariables(const Entry* table, int64_t count, const double* coefficients, int
 
 template <typename A>
 GpuError Penalty(const Gpu& gpu, const PenaltyArgs<A>& args) {
-  int64_t filled = 0;
-  for (int64_t k = 0; k < args.count; ++k) filled += args.variables[k].size > 0;
-  if (filled == 0) return args.penalty ? Zero(gpu, args.penalty, sizeof(A)) : nullptr;
-  auto* sums = static_cast<double*>(gpu.allocate(gpu.owner, kMaxBlocks * sizeof(double)));
-  auto* table = static_cast<Entry*>(gpu.allocate(gpu.owner, filled * sizeof(Entry)));
-  if (sums == nullptr || table == nullptr) return kNoMemory;
-
-  Entries entries{};
-  int64_t tiles = 0, entered = 0;
+  std::vector<Entry> entries;
+  int64_t tiles = 0;
   for (int64_t k = 0; k < args.count; ++k) {
     const PenaltyVariable& from = args.variables[k];
     if (from.size == 0) continue;
-    entries.entries[entered % kFilled] = {from.values,
-                                          from.gradient,
-                                          from.size,
-                                          tiles,
-                                          k,
-                                          from.type,
-                                          IsAligned(from.values) && IsAligned(from.gradient)};
+    entries.push_back({from.values, from.gradient, from.size, tiles, k, from.type,
+                       IsAligned(from.values) && IsAligned(from.gradient)});
     tiles += CeilDiv(from.size * SizeOf(from.type), kTileBytes);
-    ++entered;
-    if (entered % kFilled != 0 && entered != filled) continue;
-    const int count = static_cast<int>((entered - 1) % kFilled + 1);
-    FUSEDLOSS_RETURN_IF_ERROR(
-        Launch(gpu, Fill, 1, kFilled, 1, 0, entries, count, table + (entered - count)));
   }
+  if (entries.empty()) return args.penalty ? Zero(gpu, args.penalty, sizeof(A)) : nullptr;
+  auto* sums = static_cast<double*>(gpu.allocate(gpu.owner, kMaxBlocks * sizeof(double)));
+  if (sums == nullptr) return kNoMemory;
+  const Entry* table = nullptr;
+  FUSEDLOSS_RETURN_IF_ERROR(MakeTable(gpu, entries, &table));
 
   const int64_t block_tiles = CeilDiv(tiles, kMaxBlocks);
   const int64_t blocks = CeilDiv(tiles, block_tiles);
   if (args.penalty == nullptr) sums = nullptr;
-  FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu, OverVariables<A>, blocks, kThreads, 1, kSumBytes,
-                                   static_cast<const Entry*>(table), filled, args.coefficients,
-                                   tiles, block_tiles, args.dpenalty, sums));
+  FUSEDLOSS_RETURN_IF_ERROR(Launch(gpu, OverVariables<A>, blocks, kThreads, 1, kSumBytes, table,
+                                   static_cast<int64_t>(entries.size()), args.coefficients, tiles,
+                                   block_tiles, args.dpenalty, sums));
   return args.penalty ? AddUp(gpu, sums, blocks, 1, args.penalty) : nullptr;
 }
 

@@ -108,7 +108,16 @@ FUSEDLOSS_INLINE Vec<A> Min(Vec<A> a, Vec<A> b) {
   if constexpr (std::is_same_v<A, float>) return FUSEDLOSS_OF_WIDTH(min_ps)(a, b);
   if constexpr (std::is_same_v<A, double>) return FUSEDLOSS_OF_WIDTH(min_pd)(a, b);
 }
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Sqrt(Vec<A> x) {
+  if constexpr (std::is_same_v<A, float>) return FUSEDLOSS_OF_WIDTH(sqrt_ps)(x);
+  if constexpr (std::is_same_v<A, double>) return FUSEDLOSS_OF_WIDTH(sqrt_pd)(x);
+}
 #undef FUSEDLOSS_OF_WIDTH
+FUSEDLOSS_INLINE float SqrtOfOne(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+FUSEDLOSS_INLINE double SqrtOfOne(double x) {
+  return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(x)));
+}
 
 // least and greatest with the lanes of v taken in where `where` is not 0.
 FUSEDLOSS_INLINE void WidenRange(Vec<float> where, Vec<float> v, Vec<float>& least,
@@ -278,6 +287,34 @@ FUSEDLOSS_INLINE void Stream(T* to, Vec<float> v) {
 }
 
 // The first `count` < kLanes<A> of a vector; the others load as zero and are not stored.
+#if defined(__AVX512F__)
+FUSEDLOSS_INLINE __mmask16 FirstBits(int count) {
+  return static_cast<__mmask16>((1u << count) - 1);
+}
+FUSEDLOSS_INLINE Vec<float> LoadFirst(const float* from, int count) {
+  return _mm512_maskz_loadu_ps(FirstBits(count), from);
+}
+FUSEDLOSS_INLINE Vec<double> LoadFirst(const double* from, int count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(FirstBits(count)), from);
+}
+template <typename T>
+FUSEDLOSS_INLINE Vec<float> LoadFirst(const T* from, int count) {
+  T padded[kLanes<float>];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded),
+                      _mm256_maskz_loadu_epi16(FirstBits(count), from));
+  return Load(padded);
+}
+FUSEDLOSS_INLINE void StoreFirst(float* to, Vec<float> v, int count) {
+  _mm512_mask_storeu_ps(to, FirstBits(count), v);
+}
+FUSEDLOSS_INLINE void StoreFirst(double* to, Vec<double> v, int count) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(FirstBits(count)), v);
+}
+template <typename T>
+FUSEDLOSS_INLINE void StoreFirst(T* to, Vec<float> v, int count) {
+  _mm256_mask_storeu_epi16(to, FirstBits(count), BitCast<__m256i>(Round(v, T{})));
+}
+#else
 template <typename T, typename A = Accumulator<T>>
 FUSEDLOSS_INLINE Vec<A> LoadFirst(const T* from, int count) {
   T padded[kLanes<A>] = {};
@@ -290,6 +327,7 @@ FUSEDLOSS_INLINE void StoreFirst(T* to, Vec<A> v, int count) {
   Store(padded, v);
   for (int i = 0; i < count; ++i) to[i] = padded[i];
 }
+#endif
 
 // One number, converted as a vector's lanes are.
 template <typename T>

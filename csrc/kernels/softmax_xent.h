@@ -17,6 +17,10 @@
 // subset, loss = L_all. With one, a row that has no target in it (Σ_{c in S} y[i, c] = 0) has L_S =
 // 0 and no gradient from it. Rows whose label is ignore_class have loss 0 and gradient 0. NaN and
 // Inf propagate. No classes: loss 0.
+//
+// The predictions may be a weighted sum of two arrays, blend[0] · predictions + blend[1] · blended,
+// rounded to T. It is made in pieces where it is read, never as a whole, and its gradient goes on
+// to both arrays in the same pass.
 #ifndef FUSEDLOSS_KERNELS_SOFTMAX_XENT_H_
 #define FUSEDLOSS_KERNELS_SOFTMAX_XENT_H_
 
@@ -43,6 +47,9 @@ struct SoftmaxXentArgs {
   using A = Accumulator<T>;
   int64_t rows, classes;  // either may be 0
   const T* predictions;   // [rows, classes], row-major: logits or probabilities
+  const T* blended;       // [rows, classes], or null: the predictions are used as they are
+  double blend[2];        // weights of both; read where there are two
+  T* dblended;            // [rows, classes] out, where there are two and a gradient is wanted
   // Exactly one of these three is set.
   const int32_t* labels32;  // [rows]
   const int64_t* labels64;  // [rows]
@@ -70,14 +77,15 @@ template <typename T>
 int64_t SoftmaxXent(const Cpu& cpu, const SoftmaxXentArgs<T>& args, Accumulator<T>* loss,
                     Accumulator<T>* stats);
 
-// dpredictions[i, c] = dloss[i] · ∂loss[i] / ∂predictions[i, c]: [rows, classes] out.
+// dpredictions[i, c] = dloss[i] · ∂loss[i] / ∂predictions[i, c]: [rows, classes] out; dblended
+// likewise.
 template <typename T>
 int64_t SoftmaxXentGrad(const Cpu& cpu, const SoftmaxXentArgs<T>& args, const Accumulator<T>* dloss,
                         const Accumulator<T>* stats, T* dpredictions);
 
 // Both at once, reading the predictions once: loss (one number, out) is
-// scale · Σ_i row_weight[i] · loss[i], and gradient, [rows, classes] out, its derivative.
-// row_weight: [rows], or null: all 1.
+// scale · Σ_i row_weight[i] · loss[i], and gradient, [rows, classes] out, its derivative;
+// dblended likewise. row_weight: [rows], or null: all 1.
 template <typename T>
 int64_t SoftmaxXentReduced(const Cpu& cpu, const SoftmaxXentArgs<T>& args,
                            const Accumulator<T>* row_weight, double scale, Accumulator<T>* loss,

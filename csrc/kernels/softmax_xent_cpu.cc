@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "kernels/blend.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/softmax_xent_plan.h"
 
@@ -20,6 +21,8 @@ constexpr int64_t kStreamBytes = 8 << 20;
 // A subset of at most 1/8 of the classes is gathered: a cache line holds 16 floats, and reading
 // along a row is twice as fast as jumping.
 constexpr int64_t kGatherShare = 8;
+// Blended predictions and their gradient are made in pieces that fit a first-level cache together.
+constexpr int64_t kBlendBytes = 16 << 10;
 
 template <typename T>
 SoftmaxXentPasses<T> Passes() {
@@ -30,6 +33,18 @@ SoftmaxXentPasses<T> Passes() {
       return avx2::GetSoftmaxXentPasses<T>();
     default:
       return baseline::GetSoftmaxXentPasses<T>();
+  }
+}
+
+template <typename T>
+BlendPasses<T> PassesOfBlend() {
+  switch (ChosenCpuLevel()) {
+    case CpuLevel::kAvx512:
+      return avx512::GetBlendPasses<T>();
+    case CpuLevel::kAvx2:
+      return avx2::GetBlendPasses<T>();
+    default:
+      return baseline::GetBlendPasses<T>();
   }
 }
 
@@ -64,7 +79,8 @@ class Call {
       plan_.subset_class_weight = static_cast<A>(subset);
     }
     int64_t elements = args.rows * args.classes;
-    plan_.stream = elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    streams_ = elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    plan_.stream = streams_ && args.blended == nullptr;
 
     gathers_ = plan_.has_subset && !plan_.normalize_full && plan_.full_weight == 0 &&
                args.subset_size * kGatherShare <= args.classes;
@@ -150,10 +166,10 @@ class Call {
         scratch.reset(static_cast<A*>(::operator new(bytes, std::align_val_t(64))));
         block.scratch = scratch.get();
       }
-      if (gathers_) {
-        RunGathered(pass, block);
+      if (args_.blended) {
+        RunBlended(pass, block, begin);
       } else {
-        pass(plan_, block);
+        RunRows(pass, block);
       }
       finish(number, begin, block);
     });
@@ -180,6 +196,53 @@ class Call {
     return -1;
   }
 
+  // Some of a block's rows.
+  SoftmaxXentBlock<T> Part(const SoftmaxXentBlock<T>& block, int64_t row, int64_t rows) const {
+    SoftmaxXentBlock<T> part = block;
+    part.rows = rows;
+    part.predictions += row * args_.classes;
+    if (part.labels) part.labels += row;
+    if (part.targets) part.targets += row * args_.classes;
+    if (part.loss) part.loss += row;
+    if (part.stats) part.stats += row * SoftmaxXentStats(args_);
+    if (part.cotangents) part.cotangents += row;
+    if (part.gradient) part.gradient += row * args_.classes;
+    return part;
+  }
+
+  void RunRows(typename SoftmaxXentPasses<T>::Pass pass, const SoftmaxXentBlock<T>& block) {
+    if (gathers_) {
+      RunGathered(pass, block);
+    } else {
+      pass(plan_, block);
+    }
+  }
+
+  // The pass over blended predictions. `begin`: the first row of the block.
+  void RunBlended(typename SoftmaxXentPasses<T>::Pass pass, const SoftmaxXentBlock<T>& block,
+                  int64_t begin) {
+    const BlendPasses<T> blend = PassesOfBlend<T>();
+    const A weights[] = {static_cast<A>(args_.blend[0]), static_cast<A>(args_.blend[1])};
+    const int64_t classes = args_.classes, row_bytes = classes * sizeof(T);
+    int64_t group = std::clamp<int64_t>(kBlendBytes / row_bytes, 1, block.rows);
+    if (group > kRowMultiple) group -= group % kRowMultiple;
+    std::unique_ptr<T[]> predictions(new T[group * classes]), gradient;
+    if (block.gradient) gradient.reset(new T[group * classes]);
+    for (int64_t row = 0; row < block.rows; row += group) {
+      const SoftmaxXentBlock<T> whole = Part(block, row, std::min(group, block.rows - row));
+      const int64_t elements = whole.rows * classes, offset = (begin + row) * classes;
+      blend.blend(elements, whole.predictions, weights[0], args_.blended + offset, weights[1],
+                  predictions.get());
+      SoftmaxXentBlock<T> part = whole;
+      part.predictions = predictions.get();
+      part.gradient = gradient.get();
+      RunRows(pass, part);
+      if (gradient == nullptr) continue;
+      blend.scale(elements, gradient.get(), weights[0], whole.gradient, streams_);
+      blend.scale(elements, gradient.get(), weights[1], args_.dblended + offset, streams_);
+    }
+  }
+
   // The pass over the subset's columns alone, in groups of rows that stay in the first-level cache.
   void RunGathered(typename SoftmaxXentPasses<T>::Pass pass, const SoftmaxXentBlock<T>& block) {
     const int64_t size = args_.subset_size, classes = args_.classes;
@@ -188,10 +251,8 @@ class Call {
     std::unique_ptr<A[]> targets;
     if (block.targets) targets.reset(new A[group * size]);
     if (block.gradient) gradient.reset(new T[group * size]);
-    const int stats_per_row = SoftmaxXentStats(args_);
     for (int64_t row = 0; row < block.rows; row += group) {
-      SoftmaxXentBlock<T> part = block;
-      part.rows = std::min(group, block.rows - row);
+      SoftmaxXentBlock<T> part = Part(block, row, std::min(group, block.rows - row));
       for (int64_t r = 0; r < part.rows; ++r) {
         const int64_t from = (row + r) * classes;
         for (int64_t k = 0; k < size; ++k) {
@@ -205,10 +266,6 @@ class Call {
       part.predictions = predictions.get();
       part.targets = targets.get();
       part.gradient = gradient.get();
-      if (part.labels) part.labels += row;
-      if (part.loss) part.loss += row;
-      if (part.stats) part.stats += row * stats_per_row;
-      if (part.cotangents) part.cotangents += row;
       pass(plan_, part);
       if (gradient == nullptr) continue;
       for (int64_t r = 0; r < part.rows; ++r) {
@@ -222,7 +279,7 @@ class Call {
   const SoftmaxXentArgs<T>& args_;
   const SoftmaxXentPasses<T> passes_;
   SoftmaxXentPlan<A> plan_;
-  bool gathers_ = false, pipelines_ = false;
+  bool streams_, gathers_ = false, pipelines_ = false;
   std::vector<uint8_t> in_subset_;
   std::vector<A> class_weight_;
   int64_t block_rows_ = 1, blocks_ = 0;

@@ -18,10 +18,15 @@ constexpr int kMaxCluster = 8;                 // as many as every GPU with clus
 constexpr int64_t kMaxBlocks = 1 << 30;
 constexpr int kSumsPerRow = 9;
 
+// What a kernel is compiled for: plain cross-entropy, which is from logits and labels, without a
+// subset, class weights and smoothing; the other forms; all forms of blended predictions. A kernel
+// for them all would need more registers than each.
+enum class Form { kPlain, kAny, kBlended };
+
 // How many vectors a thread loads before it uses the first: more of them hide more of the wait,
 // and take more registers.
-template <bool kPlain>
-constexpr int kBatch = kPlain ? 4 : 2;
+template <Form kForm>
+constexpr int kBatch = kForm == Form::kPlain ? 4 : 2;
 
 enum class Pass { kForward, kBackward, kBoth };
 
@@ -34,6 +39,8 @@ struct Task {
   int classes;
   int length;  // of a row as it is worked on: `classes`, or the size of the subset if gathered
   const T* predictions;
+  const T* blended;  // or null
+  A blend[2];        // weights of predictions and blended
   const int32_t* labels32;
   const int64_t* labels64;
   const A* targets;
@@ -50,6 +57,7 @@ struct Task {
   const A* cotangents;  // [rows], or null: all 1
   A scale;              // of the cotangents
   T* gradient;          // out
+  T* dblended;          // out, if there are blended predictions
 };
 
 // What is the same for all rows and only the device knows: Σ of the class weights over all classes
@@ -81,6 +89,13 @@ FUSEDLOSS_DEVICE bool InSubset(const Task<T>& task, int c) {
   return task.in_subset == nullptr || (task.in_subset[c / 32] >> (c % 32)) & 1;
 }
 
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE T Blend(const A (&weights)[2], T x, T y) {
+  T sum;
+  Round(weights[0] * ToSum(x) + weights[1] * ToSum(y), &sum);
+  return sum;
+}
+
 struct Greater {
   template <typename A>
   FUSEDLOSS_DEVICE A operator()(A a, A b) const {
@@ -95,9 +110,10 @@ enum class Source {
 };
 
 // A row of a tile that lies in shared memory.
-template <typename T, bool kMayBeDense>
+template <typename T, Form kForm>
 struct TileRow {
   using A = Accumulator<T>;
+  static constexpr bool kMayBeDense = kForm != Form::kPlain;
   T* predictions;
   const A* targets;
   int length, lane, lanes;
@@ -153,16 +169,19 @@ constexpr int64_t kReductionBytes = (sizeof(Reductions<A>) + 15) / 16 * 16;
 
 // A row that the block, or the cluster of blocks, works on. It is cut into vectors of kVector
 // classes that are aligned in memory; the outermost may reach beyond the row.
-template <typename T, int kVector, bool kMayBeDense>
+template <typename T, int kVector, Form kForm>
 struct WideRow {
   using A = Accumulator<T>;
+  static constexpr bool kMayBeDense = kForm != Form::kPlain, kBlended = kForm == Form::kBlended;
   struct alignas(kVector * sizeof(T)) Vector {
     T values[kVector];
   };
 
   const T* predictions;  // of the row
+  const T* blended;
+  A blend[2];
   const A* targets;
-  T* gradient;
+  T *gradient, *dblended;
   const int64_t* gathered;
   int length;
   int before;       // classes that the first vector reaches before the row
@@ -189,6 +208,10 @@ struct WideRow {
     const int first = FirstClass(vector);
     if constexpr (sizeof(Vector) == 16) {
       x = LoadOnce<Vector>(predictions + first);
+      if constexpr (kBlended) {
+        const auto y = LoadOnce<Vector>(blended + first);
+        for (int i = 0; i < kVector; ++i) x.values[i] = Blend(blend, x.values[i], y.values[i]);
+      }
       if (!IsDense()) return;
       struct alignas(16) Part {
         A values[16 / sizeof(A)];
@@ -208,6 +231,7 @@ struct WideRow {
       const int c = FirstClass(vector) + i;
       const bool inside = c >= 0 && c < length;
       x.values[i] = inside ? predictions[Class(c)] : fill;
+      if (kBlended && inside) x.values[i] = Blend(blend, x.values[i], blended[Class(c)]);
       t[i] = inside && IsDense() ? targets[Class(c)] : A(0);
     }
   }
@@ -234,7 +258,7 @@ struct WideRow {
   // Calls fn(vector's number, predictions, targets, Whole or Edge) for every vector of this thread.
   template <typename Fn>
   FUSEDLOSS_DEVICE void EachVector(Source source, T fill, Fn&& fn) const {
-    constexpr int kAtOnce = kBatch<!kMayBeDense>;
+    constexpr int kAtOnce = kBatch<kForm>;
     const bool from_kept = source == Source::kKept && kept;
     const bool keeps = source == Source::kMemory && kept;
     const int first_whole = begin == 0 && before > 0 ? 1 : begin;
@@ -291,13 +315,23 @@ struct WideRow {
     EachVector(source, T{}, [&](int vector, const Vector& x, const A(&t)[kVector], auto kind) {
       const int first = FirstClass(vector);
       Vector g;
+      [[maybe_unused]] Vector h;  // in the blended predictions
       for (int i = 0; i < kVector; ++i) {
         const int c = first + i;
         if (!kind.value && (c < 0 || c >= length)) continue;
-        Round(fn(Class(c), ToSum(x.values[i]), IsDense() ? t[i] : A(0)), &g.values[i]);
+        A pull = fn(Class(c), ToSum(x.values[i]), IsDense() ? t[i] : A(0));
+        if constexpr (kBlended) {
+          Round(pull * blend[1], &h.values[i]);
+          if (!kind.value || kVector == 1) dblended[Class(c)] = h.values[i];
+          pull *= blend[0];
+        }
+        Round(pull, &g.values[i]);
         if (!kind.value || kVector == 1) gradient[Class(c)] = g.values[i];
       }
-      if constexpr (kind.value && sizeof(Vector) == 16) StoreOnce(gradient + first, g);
+      if constexpr (kind.value && sizeof(Vector) == 16) {
+        StoreOnce(gradient + first, g);
+        if constexpr (kBlended) StoreOnce(dblended + first, h);
+      }
     });
   }
 
@@ -305,6 +339,7 @@ struct WideRow {
   FUSEDLOSS_DEVICE void Fill(int classes, A value) {
     for (int c = rank * kThreads + ThreadId(); c < classes; c += cluster * kThreads) {
       Round(value, &gradient[c]);
+      if constexpr (kBlended) Round(value, &dblended[c]);
     }
   }
 
@@ -632,7 +667,7 @@ FUSEDLOSS_DEVICE void Run(const Task<T>& task, Row& row, int64_t i, const Formul
 }
 
 // Row i, whose predictions lie at `predictions` in device memory.
-template <bool kPlain, typename T, typename Row, typename A = Accumulator<T>>
+template <Form kForm, typename T, typename Row, typename A = Accumulator<T>>
 FUSEDLOSS_DEVICE void RunRow(const Task<T>& task, Row& row, int64_t i, const T* predictions) {
   int64_t label = -1;
   bool ignored = false, bad = task.prepared && task.prepared[kInOrder] == 0;
@@ -652,7 +687,7 @@ FUSEDLOSS_DEVICE void RunRow(const Task<T>& task, Row& row, int64_t i, const T* 
     }
     return;
   }
-  if constexpr (kPlain) {
+  if constexpr (kForm == Form::kPlain) {
     Plain(task, row, i, static_cast<int>(label), ToSum(predictions[label]));
   } else if (task.from_logits || task.targets == nullptr) {
     Run(task, row, i, Softmax<T, Row>{task, row, static_cast<int>(label)});
@@ -693,7 +728,37 @@ FUSEDLOSS_DEVICE void CopyTile(const T* from, T* to, int count, bool aligned) {
   for (int i = vectors * kVector + ThreadId(); i < count; i += kThreads) to[i] = from[i];
 }
 
-template <bool kPlain, typename T>
+// Blended predictions from device memory into shared memory.
+template <typename T>
+FUSEDLOSS_DEVICE void BlendTile(const Task<T>& task, int64_t offset, T* to, int count,
+                                bool aligned) {
+  constexpr int kTileBatch = 2;
+  EachVector<kTileBatch>(task.predictions, task.blended, /*has_y=*/true, offset, offset + count,
+                         aligned, [&](int at, auto xs, const auto& ys) {
+                           constexpr int kSize = sizeof(xs) / sizeof(T);
+                           for (int i = 0; i < kSize; ++i) {
+                             xs.values[i] = Blend(task.blend, xs.values[i], ys.values[i]);
+                           }
+                           Keep(to + at, xs);
+                         });
+}
+
+// Back into one of the arrays that were blended, by its weight.
+template <typename T, typename A = Accumulator<T>>
+FUSEDLOSS_DEVICE void ScaleTile(const T* from, A weight, T* to, int count, bool aligned) {
+  constexpr int kVector = 16 / sizeof(T);
+  const int vectors = aligned ? count / kVector : 0;
+  for (int v = ThreadId(); v < vectors; v += kThreads) {
+    auto vector = reinterpret_cast<const Aligned<T>*>(from)[v];
+    for (T& value : vector.values) Round(weight * ToSum(value), &value);
+    StoreOnce(to + v * kVector, vector);
+  }
+  for (int i = vectors * kVector + ThreadId(); i < count; i += kThreads) {
+    Round(weight * ToSum(from[i]), &to[i]);
+  }
+}
+
+template <Form kForm, typename T>
 FUSEDLOSS_KERNEL_OF(kThreads, 3)
 OverTiles(Task<T> task, int tile_rows, int lanes, bool aligned) {
   using A = Accumulator<T>;
@@ -709,27 +774,36 @@ OverTiles(Task<T> task, int tile_rows, int lanes, bool aligned) {
     const int rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
     const int64_t offset = begin * task.length;
     const int count = rows * task.length;
-    CopyTile<true>(task.predictions + offset, predictions, count, aligned);
+    if constexpr (kForm == Form::kBlended) {
+      BlendTile(task, offset, predictions, count, aligned);
+    } else {
+      CopyTile<true>(task.predictions + offset, predictions, count, aligned);
+    }
     if (task.targets) CopyTile<true>(task.targets + offset, targets, count, aligned);
     SyncBlock();
     for (int r = ThreadId() / lanes; r < rows; r += kThreads / lanes) {
       T* here = predictions + r * task.length;
-      TileRow<T, !kPlain> row{here, targets + r * task.length, task.length, lane, lanes, among};
-      RunRow<kPlain>(task, row, begin + r, task.predictions + offset + r * task.length);
+      TileRow<T, kForm> row{here, targets + r * task.length, task.length, lane, lanes, among};
+      RunRow<kForm>(task, row, begin + r, task.predictions + offset + r * task.length);
     }
     SyncBlock();
     if (task.pass != Pass::kForward) {
-      CopyTile<false>(predictions, task.gradient + offset, count, aligned);
+      if constexpr (kForm == Form::kBlended) {
+        ScaleTile(predictions, task.blend[0], task.gradient + offset, count, aligned);
+        ScaleTile(predictions, task.blend[1], task.dblended + offset, count, aligned);
+      } else {
+        CopyTile<false>(predictions, task.gradient + offset, count, aligned);
+      }
     }
     SyncBlock();
   }
 }
 
 // `keeps`: there is shared memory for a block's share of a row and its targets.
-template <bool kPlain, typename T, int kVector>
+template <Form kForm, typename T, int kVector>
 FUSEDLOSS_KERNEL_OF(kThreads, 3)
 OverWideRows(Task<T> task, int cluster, bool keeps) {
-  using Row = WideRow<T, kVector, !kPlain>;
+  using Row = WideRow<T, kVector, kForm>;
   using A = Accumulator<T>;
   Row row{};
   row.reductions = reinterpret_cast<Reductions<A>*>(SharedMemory());
@@ -738,11 +812,17 @@ OverWideRows(Task<T> task, int cluster, bool keeps) {
   row.rank = cluster > 1 ? ClusterRank() : 0;
   row.length = task.length;
   row.gathered = task.gathered;
+  row.blend[0] = task.blend[0];
+  row.blend[1] = task.blend[1];
   const int64_t step = Blocks() / cluster;
   for (int64_t i = BlockId() / cluster; i < task.rows; i += step) {
     row.predictions = task.predictions + i * task.classes;
     row.targets = task.targets ? task.targets + i * task.classes : nullptr;
     row.gradient = task.gradient ? task.gradient + i * task.classes : nullptr;
+    if constexpr (Row::kBlended) {
+      row.blended = task.blended + i * task.classes;
+      row.dblended = task.dblended ? task.dblended + i * task.classes : nullptr;
+    }
     row.before = static_cast<int>(i * task.classes % kVector);
     const int vectors = (row.before + task.length + kVector - 1) / kVector;
     const int per_block = (vectors + cluster - 1) / cluster;
@@ -754,7 +834,7 @@ OverWideRows(Task<T> task, int cluster, bool keeps) {
       row.kept = reinterpret_cast<typename Row::Vector*>(kept_targets +
                                                          (task.targets ? per_block * kVector : 0));
     }
-    RunRow<kPlain>(task, row, i, row.predictions);
+    RunRow<kForm>(task, row, i, row.predictions);
     SyncBlock();  // the next row's vectors fall to other threads
   }
   if (cluster > 1) LeaveCluster();  // peers may still read what this block has reduced
@@ -804,6 +884,11 @@ class Call {
     task_.rows = args.rows;
     task_.classes = task_.length = static_cast<int>(args.classes);
     task_.predictions = args.predictions;
+    task_.blended = args.blended;
+    if (args.blended) {
+      task_.blend[0] = static_cast<A>(args.blend[0]);
+      task_.blend[1] = static_cast<A>(args.blend[1]);
+    }
     task_.labels32 = args.labels32;
     task_.labels64 = args.labels64;
     task_.targets = args.targets;
@@ -827,7 +912,8 @@ class Call {
       task_.gathered = args.subset;
       task_.length = static_cast<int>(args.subset_size);
     }
-    plain_ = task_.stats_per_row == 2 && task_.from_logits && task_.targets == nullptr;
+    const bool plain = task_.stats_per_row == 2 && task_.from_logits && task_.targets == nullptr;
+    form_ = args.blended ? Form::kBlended : plain ? Form::kPlain : Form::kAny;
   }
 
   Task<T>& task() { return task_; }
@@ -836,10 +922,18 @@ class Call {
     if (args_.classes > kMaxClasses) return "more than 2^30 classes";
     FUSEDLOSS_RETURN_IF_ERROR(PrepareSubset());
     if (task_.gathered && task_.gradient) {
-      FUSEDLOSS_RETURN_IF_ERROR(
-          Zero(gpu_, task_.gradient, task_.rows * args_.classes * int64_t{sizeof(T)}));
+      const int64_t bytes = task_.rows * args_.classes * int64_t{sizeof(T)};
+      FUSEDLOSS_RETURN_IF_ERROR(Zero(gpu_, task_.gradient, bytes));
+      if (task_.dblended) FUSEDLOSS_RETURN_IF_ERROR(Zero(gpu_, task_.dblended, bytes));
     }
-    return plain_ ? OverRows<true>() : OverRows<false>();
+    switch (form_) {
+      case Form::kPlain:
+        return OverRows<Form::kPlain>();
+      case Form::kBlended:
+        return OverRows<Form::kBlended>();
+      default:
+        return OverRows<Form::kAny>();
+    }
   }
 
   // *loss = scale · Σ_i weights[i] · losses[i]
@@ -876,19 +970,22 @@ class Call {
                   args_.classes, args_.class_weight, in_subset, prepared);
   }
 
-  template <bool kPlain>
+  template <Form kForm>
   GpuError OverRows() {
+    // Plain rows at odd addresses are too rare for kernels of their own.
+    constexpr Form kOfSingles = kForm == Form::kPlain ? Form::kAny : kForm;
     constexpr int kVector = 16 / sizeof(T);
     const bool aligned = IsAligned(task_.predictions) && IsAligned(task_.gradient) &&
-                         IsAligned(task_.targets) && task_.gathered == nullptr;
+                         IsAligned(task_.targets) && IsAligned(task_.blended) &&
+                         IsAligned(task_.dblended) && task_.gathered == nullptr;
     const int64_t row_bytes = int64_t{task_.length} * (sizeof(T) + (task_.targets ? sizeof(A) : 0));
     if (row_bytes <= kTileRowBytes && task_.gathered == nullptr) {
-      return OverTilesOf<kPlain>(row_bytes, aligned);
+      return OverTilesOf<kForm>(row_bytes, aligned);
     }
-    return aligned ? OverWideRowsOf<kPlain, kVector>() : OverWideRowsOf<false, 1>();
+    return aligned ? OverWideRowsOf<kForm, kVector>() : OverWideRowsOf<kOfSingles, 1>();
   }
 
-  template <bool kPlain>
+  template <Form kForm>
   GpuError OverTilesOf(int64_t row_bytes, bool aligned) {
     int lanes = 1;
     while (lanes < kWarp && lanes * 8 < task_.length) lanes *= 2;
@@ -898,13 +995,13 @@ class Call {
     if (tile_rows > share) tile_rows = share;
     int64_t tiles = CeilDiv(task_.rows, tile_rows);
     if (tiles > kMaxBlocks) tiles = kMaxBlocks;
-    return Launch(gpu_, OverTiles<kPlain, T>, tiles, kThreads, 1, tile_rows * row_bytes, task_,
+    return Launch(gpu_, OverTiles<kForm, T>, tiles, kThreads, 1, tile_rows * row_bytes, task_,
                   static_cast<int>(tile_rows), lanes, aligned);
   }
 
-  template <bool kPlain, int kVector>
+  template <Form kForm, int kVector>
   GpuError OverWideRowsOf() {
-    auto* kernel = OverWideRows<kPlain, T, kVector>;
+    auto* kernel = OverWideRows<kForm, T, kVector>;
     const int64_t vectors = CeilDiv(int64_t{task_.length} + kVector - 1, kVector);  // at most
     const int64_t vector_bytes = kVector * (sizeof(T) + (task_.targets ? sizeof(A) : 0));
     auto share = [&](int cluster) { return CeilDiv(vectors, cluster) * vector_bytes; };
@@ -920,7 +1017,7 @@ class Call {
     }
     // One sweep needs nothing kept.
     const bool sweeps_once =
-        task_.pass == Pass::kBackward || (kPlain && task_.pass == Pass::kForward);
+        task_.pass == Pass::kBackward || (kForm == Form::kPlain && task_.pass == Pass::kForward);
     const bool keeps = !sweeps_once && kReductionBytes<A> + share(cluster) <= limit;
     int64_t teams = task_.rows;
     if (teams > kMaxBlocks / cluster) teams = kMaxBlocks / cluster;
@@ -934,7 +1031,7 @@ class Call {
   const Gpu& gpu_;
   const SoftmaxXentArgs<T>& args_;
   Task<T> task_;
-  bool plain_;
+  Form form_;
 };
 
 }  // namespace
@@ -964,6 +1061,7 @@ GpuError SoftmaxXentGrad(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
   call.task().stats = const_cast<Accumulator<T>*>(stats);
   call.task().cotangents = dloss;
   call.task().gradient = dpredictions;
+  call.task().dblended = args.dblended;
   return call.Run();
 }
 
@@ -980,6 +1078,7 @@ GpuError SoftmaxXentReduced(const Gpu& gpu, const SoftmaxXentArgs<T>& args,
   call.task().cotangents = row_weight;
   call.task().scale = static_cast<A>(scale);
   call.task().gradient = gradient;
+  call.task().dblended = args.dblended;
   FUSEDLOSS_RETURN_IF_ERROR(call.Run());
   return call.AddUp(losses, row_weight, scale, loss);
 }

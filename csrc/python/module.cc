@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/feature_distance.h"
 #include "kernels/softmax_xent.h"
 #include "kernels/stream.h"
 
@@ -112,6 +113,40 @@ T SoftmaxXentReducedOf(const Array<T>& predictions, const Array<int64_t>& labels
   return loss;
 }
 
+// The training path on one layer of float32 or float64 features, gradient written in place.
+template <typename T>
+T FeatureDistanceReducedOf(const Array<T>& predictions, const Array<T>& targets, Array<T>& gradient,
+                           FeatureMetric metric, double epsilon, int threads) {
+  auto fits = [&](const Array<T>& other) {
+    return other.ndim() == 3 && std::equal(other.shape(), other.shape() + 3, predictions.shape());
+  };
+  if (predictions.ndim() != 3 || !fits(targets) || !fits(gradient)) {
+    throw py::value_error(
+        "feature_distance_reduced: predictions, targets and gradient must be [rows, positions, "
+        "channels]");
+  }
+  FeatureLayer<T> layer{};
+  layer.positions = predictions.shape(1);
+  layer.channels = predictions.shape(2);
+  layer.predictions = predictions.data();
+  layer.targets = targets.data();
+  layer.dpredictions = gradient.mutable_data();
+  const double layer_weight = 1;
+  FeatureDistanceArgs<T> args{};
+  args.rows = predictions.shape(0);
+  args.layers = &layer;
+  args.count = 1;
+  args.layer_weights = &layer_weight;
+  args.metric = metric;
+  args.epsilon = epsilon;
+  T loss = 0;
+  py::gil_scoped_release release;
+  Threads pool(threads);
+  FeatureDistanceReduced<T>(pool.cpu(), args, nullptr, 1.0 / std::max<int64_t>(1, args.rows),
+                            &loss);
+  return loss;
+}
+
 void CheckSameSize(py::ssize_t to, py::ssize_t from) {
   if (to != from) throw py::value_error("the arrays differ in size");
 }
@@ -131,6 +166,21 @@ PYBIND11_MODULE(_core, m) {
         "Mean loss of [rows, classes] logits; writes its gradient.");
   m.def("softmax_xent_reduced", &SoftmaxXentReducedOf<double>, py::arg("predictions").noconvert(),
         py::arg("labels").noconvert(), py::arg("gradient").noconvert(), py::arg("threads") = 1);
+  py::enum_<FeatureMetric>(m, "FeatureMetric")
+      .value("mse", FeatureMetric::kSquared)
+      .value("mae", FeatureMetric::kAbsolute)
+      .value("charbonnier", FeatureMetric::kCharbonnier)
+      .value("cosine", FeatureMetric::kCosine)
+      .value("lpips", FeatureMetric::kLpips);
+  m.def("feature_distance_reduced", &FeatureDistanceReducedOf<float>,
+        py::arg("predictions").noconvert(), py::arg("targets").noconvert(),
+        py::arg("gradient").noconvert(), py::arg("metric"), py::arg("epsilon"),
+        py::arg("threads") = 1,
+        "Mean distance of [rows, positions, channels] features; writes its gradient.");
+  m.def("feature_distance_reduced", &FeatureDistanceReducedOf<double>,
+        py::arg("predictions").noconvert(), py::arg("targets").noconvert(),
+        py::arg("gradient").noconvert(), py::arg("metric"), py::arg("epsilon"),
+        py::arg("threads") = 1);
   m.def(
       "copy",
       [](Array<float>& to, const Array<float>& from, int threads) {

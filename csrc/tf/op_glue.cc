@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -77,9 +78,10 @@ class Bindings {
   PartialDims Resolve(const std::string& words) const {
     PartialDims shape;
     for (absl::string_view word : Words(words)) {
-      if (word == "...") {
-        if (!leading_.known_rank) return leading_;
-        shape.dims.insert(shape.dims.end(), leading_.dims.begin(), leading_.dims.end());
+      if (IsRun(word)) {
+        const auto run = runs_.find(word);
+        if (run == runs_.end()) return {false, {}};
+        shape.dims.insert(shape.dims.end(), run->second.begin(), run->second.end());
       } else {
         shape.dims.push_back(SizeOf(word));
       }
@@ -91,6 +93,8 @@ class Bindings {
   static std::vector<absl::string_view> Words(absl::string_view words) {
     return absl::StrSplit(words, ' ', absl::SkipEmpty());
   }
+
+  static bool IsRun(absl::string_view word) { return absl::StartsWith(word, "..."); }
 
   int64_t SizeOf(absl::string_view word) const {
     int64_t size;
@@ -108,33 +112,30 @@ class Bindings {
 
   bool MatchForm(absl::string_view form, const PartialDims& shape) {
     if (!shape.known_rank) return true;
-    std::vector<absl::string_view> words = Words(form);
-    size_t leading = 0;
-    bool has_leading = !words.empty() && words[0] == "...";
-    if (has_leading) {
-      words.erase(words.begin());
-      if (shape.dims.size() < words.size()) return false;
-      leading = shape.dims.size() - words.size();
-      if (!leading_.known_rank) leading_ = {true, Dims(leading, kUnknown)};
-      if (leading_.dims.size() != leading) return false;
-      for (size_t i = 0; i < leading; ++i) {
-        if (!Merge(shape.dims[i], &leading_.dims[i])) return false;
+    const std::vector<absl::string_view> words = Words(form);
+    size_t at = 0;
+    for (absl::string_view word : words) {
+      if (IsRun(word)) {
+        if (shape.dims.size() + 1 < words.size()) return false;
+        const size_t length = shape.dims.size() + 1 - words.size();
+        Dims& run = runs_.try_emplace(word, length, kUnknown).first->second;
+        if (run.size() != length) return false;
+        for (int64_t& size : run) {
+          if (!Merge(shape.dims[at++], &size)) return false;
+        }
+        continue;
       }
-    }
-    if (shape.dims.size() != leading + words.size()) return false;
-    for (size_t i = 0; i < words.size(); ++i) {
-      int64_t size = SizeOf(words[i]);
-      if (!Merge(shape.dims[leading + i], &size)) return false;
+      if (at == shape.dims.size()) return false;
+      int64_t size = SizeOf(word);
+      if (!Merge(shape.dims[at++], &size)) return false;
       int64_t literal;
-      if (size != kUnknown && !absl::SimpleAtoi(words[i], &literal)) {
-        sizes_.emplace_back(words[i], size);
-      }
+      if (size != kUnknown && !absl::SimpleAtoi(word, &literal)) sizes_.emplace_back(word, size);
     }
-    return true;
+    return at == shape.dims.size();
   }
 
-  PartialDims leading_{false, {}};
   // The words live in the Shapes that are being resolved.
+  std::map<absl::string_view, Dims> runs_;
   std::vector<std::pair<absl::string_view, int64_t>> sizes_;
 };
 

@@ -110,6 +110,7 @@ class OpCall {
   }
 
   int inputs() const { return static_cast<int>(inputs_.size()); }
+  int outputs() const { return static_cast<int>(outputs_.size()); }
   const Buffer& input(int i) const { return inputs_[i]; }
   template <typename T>
   const T* Input(int i) const {
@@ -140,7 +141,8 @@ class OpCall {
 
 // The dimensions of each input ("name: dimensions") and output; of a list, those of each element
 // ("name[7]: dimensions"). Dimensions are separated by spaces:
-//   ...       any number of leading dimensions, the same wherever it stands
+//   ...       any number of dimensions, the same wherever it stands; at most once in a shape
+//   ...word   the same under a name of its own
 //   word      one dimension, the same wherever the word stands
 //   7         one dimension of that size
 // `a | 0` allows either: how an optional input is written. `*` is any shape, and for an output `*7`

@@ -1,5 +1,5 @@
 // The penalty on weights as a part of ops. From a loss's Reduced op, which returns loss and
-// gradient, Penalized* make the ReducedPenalized op: it has coefficients and variables after the
+// gradients, Penalized* make the ReducedPenalized op: it has coefficients and variables after the
 // loss's inputs, and penalty and dvariables after its outputs.
 #ifndef FUSEDLOSS_TF_PENALTY_H_
 #define FUSEDLOSS_TF_PENALTY_H_
@@ -47,7 +47,8 @@ absl::Status PenalizedRun(const OpCall& call) {
   TF_RETURN_IF_ERROR(kRun(call));
   const int variables = static_cast<int>(call.attributes.Int("V"));
   return RunPenalty(call, {/*dpenalty=*/-1, /*coefficients=*/call.inputs() - variables - 1,
-                           /*penalty=*/2, /*dvariables=*/3});
+                           /*penalty=*/call.outputs() - variables - 1,
+                           /*dvariables=*/call.outputs() - variables});
 }
 
 }  // namespace fusedloss

@@ -10,11 +10,17 @@ namespace {
 using ::tensorflow::DataType;
 using ::tensorflow::shape_inference::InferenceContext;
 
-// The inputs that the three ops share, by their place among an op's inputs.
+// The predictions' place among an op's inputs.
+constexpr int kForward = 0, kGrad = 1, kReduced = 0;
+
+// The inputs that the three ops share, by their place, and the first that follows them.
 struct Places {
-  int predictions, targets, class_weight, subset;
+  Places(int predictions, const Attributes& attributes)
+      : predictions(predictions), parts(static_cast<int>(attributes.Int("parts"))) {}
+  const int predictions, parts;  // one array, or two that are blended
+  const int targets = predictions + parts, class_weight = targets + 1, subset = targets + 2;
+  const int next = targets + 3;
 };
-constexpr Places kForward{0, 1, 2, 3}, kGrad{1, 2, 3, 4}, kReduced{0, 1, 2, 3};
 
 bool IsLabels(DataType dtype) {
   return dtype == tensorflow::DT_INT32 || dtype == tensorflow::DT_INT64;
@@ -22,8 +28,18 @@ bool IsLabels(DataType dtype) {
 
 std::vector<std::string> InputShapes(const Attributes& attributes) {
   std::string targets = IsLabels(attributes.Type("Targets")) ? "..." : "... classes";
-  return {"predictions: ... classes", "targets: " + targets, "class_weight: classes | 0",
-          "subset: subset_size"};
+  std::vector<std::string> shapes{"predictions: ... classes"};
+  shapes.insert(shapes.end(), attributes.Int("parts") - 1, "blended predictions: ... classes");
+  shapes.insert(shapes.end(),
+                {"targets: " + targets, "class_weight: classes | 0", "subset: subset_size"});
+  return shapes;
+}
+
+// Of the gradients, which follow `before`.
+std::vector<std::string> GradientShapes(const Attributes& attributes,
+                                        std::vector<std::string> before) {
+  before.insert(before.end(), attributes.Int("parts"), "... classes");
+  return before;
 }
 
 // As SoftmaxXentStats, as far as it is known.
@@ -35,29 +51,31 @@ std::string StatsShape(const Places& at, const Attributes& attributes,
 }
 
 Shapes ForwardShapes(const Attributes& attributes, const InputElements& elements) {
-  return {InputShapes(attributes), {"...", StatsShape(kForward, attributes, elements)}};
+  const Places at(kForward, attributes);
+  return {InputShapes(attributes), {"...", StatsShape(at, attributes, elements)}};
 }
 
 Shapes GradShapes(const Attributes& attributes, const InputElements& elements) {
   std::vector<std::string> shapes = InputShapes(attributes);
   shapes.insert(shapes.begin(), "dloss: ...");
-  shapes.push_back("stats: " + StatsShape(kGrad, attributes, elements));
-  return {shapes, {"... classes"}};
+  const Places at(kGrad, attributes);
+  shapes.push_back("stats: " + StatsShape(at, attributes, elements));
+  return {shapes, GradientShapes(attributes, {})};
 }
 
 Shapes ReducedShapes(const Attributes& attributes, const InputElements&) {
   std::vector<std::string> shapes = InputShapes(attributes);
   shapes.push_back("row_weight: ... | 0");
-  return {shapes, {"", "... classes"}};
+  return {shapes, GradientShapes(attributes, {""})};
 }
 
-template <const Places& at>
+template <int kPredictions>
 int64_t Workspace(const std::vector<Dims>& inputs) {
-  return SoftmaxXentWorkspace(/*rows=*/0, inputs[at.predictions].back());
+  return SoftmaxXentWorkspace(/*rows=*/0, inputs[kPredictions].back());
 }
 
 int64_t ReducedWorkspace(const std::vector<Dims>& inputs) {
-  const Dims& predictions = inputs[kReduced.predictions];
+  const Dims& predictions = inputs[kReduced];
   const int64_t rows = OpCall::Elements(Dims(predictions.begin(), predictions.end() - 1));
   return SoftmaxXentWorkspace(rows, predictions.back());
 }
@@ -80,6 +98,7 @@ absl::Status CheckSubset(const SoftmaxXentArgs<T>& args) {
   return absl::OkStatus();
 }
 
+// All but dblended.
 template <typename T>
 absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* args) {
   using A = Accumulator<T>;
@@ -93,10 +112,16 @@ absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* 
         tensorflow::DataTypeString(targets), ", the others of type ",
         tensorflow::DataTypeString(call.input(at.class_weight).dtype)));
   }
+  if (at.parts > 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("`predictions` are one array, or two that are blended; got ", at.parts));
+  }
   const Dims& dims = call.input(at.predictions).dims;
   args->classes = dims.back();
   args->rows = OpCall::Elements(Dims(dims.begin(), dims.end() - 1));
   args->predictions = call.Input<T>(at.predictions);
+  args->blended = at.parts == 2 ? call.Input<T>(at.predictions + 1) : nullptr;
+  args->dblended = nullptr;
   args->labels32 = nullptr;
   args->labels64 = nullptr;
   args->targets = nullptr;
@@ -114,6 +139,8 @@ absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* 
   args->subset = call.InputOrNull<int64_t>(at.subset);
   args->subset_size = call.input(at.subset).dims[0];
   const Attributes& attributes = call.attributes;
+  args->blend[0] = attributes.Number("prediction_weight");
+  args->blend[1] = attributes.Number("blended_weight");
   args->options = {attributes.Bool("from_logits"),       attributes.Bool("normalize_full"),
                    attributes.Bool("has_ignore_class"),  attributes.Int("ignore_class"),
                    attributes.Number("subset_weight"),   attributes.Number("full_weight"),
@@ -137,7 +164,7 @@ auto LabelCheck(const SoftmaxXentArgs<T>& args) {
 template <typename T>
 absl::Status Forward(const OpCall& call) {
   SoftmaxXentArgs<T> args;
-  TF_RETURN_IF_ERROR(ReadArgs(call, kForward, &args));
+  TF_RETURN_IF_ERROR(ReadArgs(call, Places(kForward, call.attributes), &args));
   using A = Accumulator<T>;
   return call.Run(
       [&](const auto& device) {
@@ -148,12 +175,14 @@ absl::Status Forward(const OpCall& call) {
 
 template <typename T>
 absl::Status Grad(const OpCall& call) {
+  const Places at(kGrad, call.attributes);
   SoftmaxXentArgs<T> args;
-  TF_RETURN_IF_ERROR(ReadArgs(call, kGrad, &args));
+  TF_RETURN_IF_ERROR(ReadArgs(call, at, &args));
+  if (args.blended) args.dblended = call.Output<T>(1);
   using A = Accumulator<T>;
   return call.Run(
       [&](const auto& device) {
-        return SoftmaxXentGrad<T>(device, args, call.Input<A>(0), call.Input<A>(5),
+        return SoftmaxXentGrad<T>(device, args, call.Input<A>(0), call.Input<A>(at.next),
                                   call.Output<T>(0));
       },
       LabelCheck(args));
@@ -161,8 +190,10 @@ absl::Status Grad(const OpCall& call) {
 
 template <typename T>
 absl::Status Reduced(const OpCall& call) {
+  const Places at(kReduced, call.attributes);
   SoftmaxXentArgs<T> args;
-  TF_RETURN_IF_ERROR(ReadArgs(call, kReduced, &args));
+  TF_RETURN_IF_ERROR(ReadArgs(call, at, &args));
+  if (args.blended) args.dblended = call.Output<T>(2);
   using A = Accumulator<T>;
   double divisor = 1;
   if (call.attributes.String("reduction") == "mean") {
@@ -170,18 +201,19 @@ absl::Status Reduced(const OpCall& call) {
   }
   return call.Run(
       [&](const auto& device) {
-        return SoftmaxXentReduced<T>(device, args, call.InputOrNull<A>(4), 1 / divisor,
+        return SoftmaxXentReduced<T>(device, args, call.InputOrNull<A>(at.next), 1 / divisor,
                                      call.Output<A>(0), call.Output<T>(1));
       },
       LabelCheck(args));
 }
 
-constexpr RunFn kRunReduced = FUSEDLOSS_FOR_DTYPE(Reduced, kReduced.predictions);
+constexpr RunFn kRunReduced = FUSEDLOSS_FOR_DTYPE(Reduced, kReduced);
 
 }  // namespace
 
 #define FUSEDLOSS_SOFTMAX_XENT_ATTRS                  \
-  Attr("T: {float, double, half, bfloat16}")          \
+  Attr("parts: int >= 1 = 1")                         \
+      .Attr("T: {float, double, half, bfloat16}")     \
       .Attr("A: {float, double}")                     \
       .Attr("Targets: {int32, int64, float, double}") \
       .Attr("from_logits: bool = true")               \
@@ -191,10 +223,12 @@ constexpr RunFn kRunReduced = FUSEDLOSS_FOR_DTYPE(Reduced, kReduced.predictions)
       .Attr("subset_weight: string = '1'")            \
       .Attr("full_weight: string = '0'")              \
       .Attr("label_smoothing: string = '0'")          \
-      .Attr("epsilon: string = '1e-7'")
+      .Attr("epsilon: string = '1e-7'")               \
+      .Attr("prediction_weight: string = '1'")        \
+      .Attr("blended_weight: string = '0'")
 
 REGISTER_OP("Fusedloss>SoftmaxXent")
-    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("predictions: T")
+    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("predictions: parts * T")
     .Input("targets: Targets")
     .Input("class_weight: A")
     .Input("subset: int64")
@@ -202,30 +236,30 @@ REGISTER_OP("Fusedloss>SoftmaxXent")
     .Output("stats: A")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXent", c); });
 FUSEDLOSS_OP("Fusedloss>SoftmaxXent", ForwardShapes, Workspace<kForward>,
-             FUSEDLOSS_FOR_DTYPE(Forward, kForward.predictions));
+             FUSEDLOSS_FOR_DTYPE(Forward, kForward));
 
 REGISTER_OP("Fusedloss>SoftmaxXentGrad")
     .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("dloss: A")
-    .Input("predictions: T")
+    .Input("predictions: parts * T")
     .Input("targets: Targets")
     .Input("class_weight: A")
     .Input("subset: int64")
     .Input("stats: A")
-    .Output("dpredictions: T")
+    .Output("dpredictions: parts * T")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentGrad", c); });
 FUSEDLOSS_OP("Fusedloss>SoftmaxXentGrad", GradShapes, Workspace<kGrad>,
-             FUSEDLOSS_FOR_DTYPE(Grad, kGrad.predictions));
+             FUSEDLOSS_FOR_DTYPE(Grad, kGrad));
 
 #define FUSEDLOSS_SOFTMAX_XENT_REDUCED                            \
   FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("reduction: {'sum', 'mean'}") \
       .Attr("replicas: int >= 1 = 1")                             \
-      .Input("predictions: T")                                    \
+      .Input("predictions: parts * T")                            \
       .Input("targets: Targets")                                  \
       .Input("class_weight: A")                                   \
       .Input("subset: int64")                                     \
       .Input("row_weight: A")                                     \
       .Output("loss: A")                                          \
-      .Output("gradient: T")
+      .Output("gradients: parts * T")
 
 REGISTER_OP("Fusedloss>SoftmaxXentReduced")
     .FUSEDLOSS_SOFTMAX_XENT_REDUCED.SetShapeFn([](InferenceContext* c) {

@@ -1,18 +1,20 @@
 """Calls of the compiled ops and their derivatives, once for all losses.
 
-A loss X of the library is four ops, whose first inputs, at least the predictions, have rows:
+A loss X of the library is four ops. The predictions are the first of the inputs, each of which is a
+tensor or a list of tensors:
 
     X(*inputs) -> loss of every row, stats if the loss has any
-    XGrad(dloss, *inputs, stats) -> gradient of sum(dloss * loss) in the predictions
-    XReduced(*inputs, row_weight) -> sum or mean of row_weight * loss, and its gradient at once
-    XReducedPenalized(*inputs, row_weight, coefficients, variables) -> the same two, and the penalty
-        on the variables and its gradients
+    XGrad(dloss, *inputs, stats) -> gradients of sum(dloss * loss) in the predictions
+    XReduced(*inputs, row_weight) -> sum or mean of row_weight * loss, and its gradients at once
+    XReducedPenalized(*inputs, row_weight, coefficients, variables) -> the same, and the penalty on
+        the variables and its gradients
 
-First derivatives in predictions and variables come from the kernels. All others come from the
-reference, in plain TensorFlow, and so exist to any order.
+First derivatives in predictions and variables, of some losses also in targets, come from the
+kernels. All others come from the reference, in plain TensorFlow, and so exist to any order.
 """
 
 import functools
+import itertools
 
 import tensorflow as tf
 from tensorflow.python.ops.parallel_for.pfor import RegisterPFor, wrap
@@ -86,7 +88,31 @@ def penalty_derivatives(dtype):
 
 
 def _is_constant(x):
-    return not isinstance(x, tf.__internal__.EagerTensor) and x.op.type == "Const"
+    is_eager = isinstance(x, tf.__internal__.EagerTensor)
+    return not is_eager and x.op.type in ("Const", "StopGradient")
+
+
+def _skipped(op, inputs):
+    """The places of the inputs of an op whose gradients are known to be asked for by nobody."""
+    # Tapes say what they do not need; in a graph, constants are known to need none.
+    skipped = getattr(op, "skip_input_indices", None)
+    if skipped is None:
+        skipped = [i for i, x in enumerate(inputs) if _is_constant(x)]
+    return skipped
+
+
+def _count(lengths):
+    """How many tensors arguments are together: lists of these lengths, or one tensor for None."""
+    return sum(1 if length is None else length for length in lengths)
+
+
+def _grouped(tensors, lengths):
+    """The arguments that these tensors are."""
+    tensors = iter(tensors)
+    return [
+        next(tensors) if length is None else list(itertools.islice(tensors, length))
+        for length in lengths
+    ]
 
 
 def _with_nones(gradients, inputs):
@@ -134,30 +160,45 @@ def makes_gradients(variables):
 class CompiledLoss:
     """The ops of one loss, with gradients and vectorisers registered."""
 
-    def __init__(self, name, *, attributes, inputs, row_inputs, reference):
+    def __init__(
+        self,
+        name,
+        *,
+        attributes,
+        inputs,
+        row_inputs,
+        reference,
+        differentiates_targets=False,
+    ):
         """Registers the derivatives; the library itself may be missing.
 
         Args:
           name: in snake case.
           attributes: names of the attributes that the ops share.
-          inputs: how many the op of the rows has.
-          row_inputs: how many of these, the predictions first, have rows.
+          inputs: of the op of the rows: for each the attribute that holds the length of the list,
+            or None for one tensor.
+          row_inputs: how many of these, the predictions first, have rows; 0 if rows depend on each
+            other, so that no loop over calls is one call.
           reference: `reference(*inputs, **attributes)`, the loss of every row in plain TensorFlow.
+          differentiates_targets: whether the kernels can make the gradients in the second input
+            too. Then their ops have an attribute `differentiated`, the number of gradients.
         """
         self._name = name
         self._attributes = attributes
         self._inputs = inputs
         self._row_inputs = row_inputs
         self._reference = reference
+        self.differentiates_targets = differentiates_targets
         op_type = "Fusedloss>" + name.title().replace("_", "")
         tf.RegisterGradient(op_type)(self._rows_gradient)
         tf.RegisterGradient(op_type + "Grad")(self._gradient_gradient)
         tf.RegisterGradient(op_type + "Reduced")(self._reduced_gradient)
         tf.RegisterGradient(op_type + "ReducedPenalized")(self._penalized_gradient)
-        RegisterPFor(op_type)(self._vectorize_rows)
-        RegisterPFor(op_type + "Grad")(self._vectorize_gradient)
-        RegisterPFor(op_type + "Reduced")(self._vectorize_reduced)
-        RegisterPFor(op_type + "ReducedPenalized")(self._vectorize_penalized)
+        if row_inputs:
+            RegisterPFor(op_type)(self._vectorize_rows)
+            RegisterPFor(op_type + "Grad")(self._vectorize_gradient)
+            RegisterPFor(op_type + "Reduced")(self._vectorize_reduced)
+            RegisterPFor(op_type + "ReducedPenalized")(self._vectorize_penalized)
 
     def _op(self, suffix, *inputs, **attributes):
         return getattr(_lib.ops(), f"fusedloss_{self._name}{suffix}")(*inputs, **attributes)
@@ -166,9 +207,9 @@ class CompiledLoss:
         """A list: the loss of every row, and the stats for `gradient` if there are any."""
         return tf.nest.flatten(self._op("", *inputs, **attributes))
 
-    def gradient(self, *inputs, **attributes):
-        """Inputs: dloss, those of `rows`, stats."""
-        return self._op("_grad", *inputs, **attributes)
+    def gradients(self, *inputs, **attributes):
+        """A list. Inputs: dloss, those of `rows`, stats."""
+        return tf.nest.flatten(self._op("_grad", *inputs, **attributes))
 
     def reduced(self, *inputs, penalized=None, **attributes):
         """The reduced loss and, if there is any, the penalty.
@@ -178,6 +219,10 @@ class CompiledLoss:
           penalized: None, or coefficients and variables, of which the gradient is made as well.
           attributes: also `reduction` and `replicas`.
         """
+        if self.differentiates_targets:
+            predictions, targets = (tf.nest.flatten(x) for x in inputs[:2])
+            recorded = should_record_backprop(targets)
+            attributes["differentiated"] = len(predictions) + recorded * len(targets)
         if penalized is None:
             return self._op("_reduced", *inputs, **attributes)[0]
         outputs = self._op("_reduced_penalized", *inputs, *penalized, **attributes)
@@ -186,53 +231,71 @@ class CompiledLoss:
     def _attributes_of(self, op):
         return {name: op.get_attr(name) for name in self._attributes}
 
-    def _gradients(self, op, inputs, dpredictions, others):
-        """`dpredictions()` and `others()` for the first of an op's inputs, as far as asked for."""
-        # Eager code says what it does not need; in a graph, constants are known to need none.
-        skipped = getattr(op, "skip_input_indices", None)
-        if skipped is None:
-            skipped = [i for i, x in enumerate(inputs) if _is_constant(x)]
+    def _lengths_of(self, op):
+        return tuple(None if name is None else op.get_attr(name) for name in self._inputs)
+
+    def _tensor_reference(self, *tensors, lengths, **attributes):
+        return self._reference(*_grouped(tensors, lengths), **attributes)
+
+    def _derivatives_of(self, op, reduction=None):
+        attributes = {**self._attributes_of(op), "lengths": self._lengths_of(op)}
+        return _derivatives(self._tensor_reference, tuple(attributes.items()), reduction)
+
+    def _gradients_in(self, op, inputs, count, made, others):
+        """`made()` for the first inputs of an op, `others()` for the rest, as far as asked for."""
+        skipped = _skipped(op, inputs)
         gradients = [None] * len(inputs)
-        if 0 not in skipped:
-            gradients[0] = dpredictions()
-        if any(x.dtype.is_floating and i not in skipped for i, x in enumerate(inputs) if i):
-            gradients[1:] = _with_nones(others(), inputs)[1:]
+        if any(i not in skipped for i in range(count)):
+            gradients[:count] = made()
+        rest = list(enumerate(inputs))[count:]
+        if any(x.dtype.is_floating and i not in skipped for i, x in rest):
+            gradients[count:] = _with_nones(others(), inputs)[count:]
         return gradients
 
     def _rows_gradient(self, op, dloss, *_):
-        attributes = self._attributes_of(op)
-        gradients, _ = _derivatives(self._reference, tuple(attributes.items()))
-        return self._gradients(
+        gradients, _ = self._derivatives_of(op)
+        attributes, lengths = self._attributes_of(op), self._lengths_of(op)
+        count = _count(lengths[:1])
+        if self.differentiates_targets:
+            skipped, both = _skipped(op, op.inputs), _count(lengths[:2])
+            if any(i not in skipped for i in range(count, both)):
+                count = both
+            attributes["differentiated"] = count
+        inputs = _grouped(op.inputs, lengths)
+        return self._gradients_in(
             op,
             op.inputs,
-            lambda: self.gradient(dloss, *op.inputs, *op.outputs[1:], **attributes),
+            count,
+            lambda: self.gradients(dloss, *inputs, *op.outputs[1:], **attributes),
             lambda: gradients(dloss, *op.inputs),
         )
 
-    def _gradient_gradient(self, op, ddpredictions):
-        _, second = _derivatives(self._reference, tuple(self._attributes_of(op).items()))
-        inputs, stats = op.inputs[: self._inputs + 1], op.inputs[self._inputs + 1 :]
-        return [*_with_nones(second([ddpredictions], *inputs), inputs), *(None for _ in stats)]
+    def _gradient_gradient(self, op, *ddgradients):
+        _, second = self._derivatives_of(op)
+        count = 1 + _count(self._lengths_of(op))
+        inputs, stats = op.inputs[:count], op.inputs[count:]
+        return [*_with_nones(second(list(ddgradients), *inputs), inputs), *(None for _ in stats)]
 
-    def _reduced_gradient(self, op, dloss, *_):
-        gradients, second = _derivatives(
-            self._reference,
-            tuple(self._attributes_of(op).items()),
-            (op.get_attr("reduction"), op.get_attr("replicas")),
-        )
-        inputs = op.inputs[: self._inputs + 1]
-        return self._gradients(
+    def _reduced_gradient(self, op, dloss, *dgradients):
+        reduction = (op.get_attr("reduction"), op.get_attr("replicas"))
+        gradients, second = self._derivatives_of(op, reduction)
+        inputs = op.inputs[: _count(self._lengths_of(op)) + 1]
+        count = len(dgradients)
+        return self._gradients_in(
             op,
             inputs,
-            lambda: _scaled(op.outputs[1:2], second, dloss, *inputs)[0],
+            count,
+            lambda: _scaled(op.outputs[1 : 1 + count], second, dloss, *inputs),
             lambda: gradients(dloss, *inputs),
         )
 
-    def _penalized_gradient(self, op, dloss, _, dpenalty, *__):
-        penalized = op.inputs[self._inputs + 1 :]
+    def _penalized_gradient(self, op, dloss, *others):
+        penalized = op.inputs[_count(self._lengths_of(op)) + 1 :]
+        # After the gradients come the penalty and the gradient of each variable.
+        count = len(others) - len(penalized)
         return [
-            *self._reduced_gradient(op, dloss),
-            *scaled_penalty_gradients(op.outputs[3:], dpenalty, *penalized),
+            *self._reduced_gradient(op, dloss, *others[:count]),
+            *scaled_penalty_gradients(op.outputs[2 + count :], others[count], *penalized),
         ]
 
     def _stacked(self, pfor_input, first):
@@ -240,36 +303,42 @@ class CompiledLoss:
 
         Rows may have any number of axes: one call does the work of all iterations.
         """
-        split = first + self._row_inputs
+        lengths = self._lengths_of(pfor_input)
+        split, end = first + _count(lengths[: self._row_inputs]), first + _count(lengths)
         pfor_input.stack_inputs(range(first, split))
         stacked = [pfor_input.stacked_input(i) for i in range(first, split)]
-        return stacked + [pfor_input.unstacked_input(i) for i in range(split, first + self._inputs)]
+        unstacked = [pfor_input.unstacked_input(i) for i in range(split, end)]
+        return _grouped(stacked + unstacked, lengths)
 
     def _vectorize_rows(self, pfor_input):
         inputs = self._stacked(pfor_input, 0)
         return [wrap(x) for x in self.rows(*inputs, **self._attributes_of(pfor_input))]
 
     def _vectorize_gradient(self, pfor_input):
-        attributes = self._attributes_of(pfor_input)
-        if not any(pfor_input.input(i).is_stacked for i in range(1, pfor_input.num_inputs)):
+        attributes, lengths = self._attributes_of(pfor_input), self._lengths_of(pfor_input)
+        places = range(1, pfor_input.num_inputs)
+        if not any(pfor_input.input(i).is_stacked for i in places):
             # A Jacobian: the kernel runs once, not once a cotangent.
             dloss = pfor_input.stacked_input(0)
-            inputs = [pfor_input.unstacked_input(i) for i in range(1, pfor_input.num_inputs)]
+            tensors = [pfor_input.unstacked_input(i) for i in places]
+            inputs = [*_grouped(tensors, lengths), *tensors[_count(lengths) :]]
             one = tf.ones(tf.shape(dloss)[1:], dloss.dtype)
-            gradient = self.gradient(one, *inputs, **attributes)
-            return wrap(tf.cast(dloss, gradient.dtype)[..., None] * gradient)
+            return [
+                wrap(tf.cast(dloss, gradient.dtype)[..., None] * gradient)
+                for gradient in self.gradients(one, *inputs, **attributes)
+            ]
         inputs = self._stacked(pfor_input, 1)
-        others = [0, *range(self._inputs + 1, pfor_input.num_inputs)]
+        others = [0, *places[_count(lengths) :]]
         pfor_input.stack_inputs(others)
         dloss, *stats = [pfor_input.stacked_input(i) for i in others]
-        return wrap(self.gradient(dloss, *inputs, *stats, **attributes))
+        return [wrap(x) for x in self.gradients(dloss, *inputs, *stats, **attributes)]
 
     def _vectorize_reduced(self, pfor_input):
         # One reduction an iteration, where the op has one a call: made of the other two.
         attributes = self._attributes_of(pfor_input)
         inputs = self._stacked(pfor_input, 0)
         loss, *stats = self.rows(*inputs, **attributes)
-        row_weight, is_stacked, _ = pfor_input.input(self._inputs)
+        row_weight, is_stacked, _ = pfor_input.input(_count(self._lengths_of(pfor_input)))
         if not is_stacked and row_weight.shape == [0]:
             dloss = tf.ones_like(loss)
         else:
@@ -278,11 +347,11 @@ class CompiledLoss:
             rows = tf.reduce_prod(tf.shape(loss)[1:]) * pfor_input.get_attr("replicas")
             dloss = tf.math.divide_no_nan(dloss, tf.cast(rows, dloss.dtype))
         total = tf.reduce_sum(dloss * loss, axis=list(range(1, loss.shape.rank)))
-        gradient = self.gradient(dloss, *inputs, *stats, **attributes)
-        return [wrap(total), wrap(gradient)]
+        gradients = self.gradients(dloss, *inputs, *stats, **attributes)
+        return [wrap(total), *(wrap(gradient) for gradient in gradients)]
 
     def _vectorize_penalized(self, pfor_input):
-        places = range(self._inputs + 1, pfor_input.num_inputs)
+        places = range(_count(self._lengths_of(pfor_input)) + 1, pfor_input.num_inputs)
         coefficients, *variables = [pfor_input.unstacked_input(i) for i in places]
         reduced = self._vectorize_reduced(pfor_input)
         penalty, dvariables = _lib.ops().fusedloss_penalty_reduced(

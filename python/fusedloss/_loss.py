@@ -12,16 +12,22 @@ from keras.src.trainers.compile_utils import CompileLoss
 from fusedloss import _lib
 from fusedloss._compiled import makes_gradients, should_record_backprop
 from fusedloss.penalty import Penalty, penalty_sum
+from fusedloss.reference._inputs import loss_dtype
 
 
 class Rows(NamedTuple):
     """The arguments of one call, laid out for the kernels."""
 
-    targets: tf.Tensor
-    predictions: tf.Tensor
-    shape: tf.TensorShape  # of the losses: the leading axes of the predictions
+    targets: tf.Tensor | list[tf.Tensor]
+    predictions: tf.Tensor | list[tf.Tensor]  # of one type, with the same leading axes
+    shape: tf.TensorShape  # of the losses: those axes
     counted: tf.Tensor | None  # bool, of that shape: the rows that belong to a mean; None: all
     formula: Any  # the rest; `formula.arrays(dtype)` are the inputs that have no rows
+
+    @property
+    def prediction(self):
+        """The first of the predictions, for what they have in common."""
+        return tf.nest.flatten(self.predictions)[0]
 
 
 class FusedLoss(keras.losses.Loss):
@@ -66,7 +72,7 @@ class FusedLoss(keras.losses.Loss):
                 mask = rows.counted
             elif rows.counted is not None:
                 mask &= rows.counted
-            dtype = tf.float64 if rows.predictions.dtype == tf.float64 else tf.float32
+            dtype = loss_dtype(rows.prediction)
             if sample_weight is not None:
                 sample_weight = keras.ops.convert_to_tensor(sample_weight, dtype.name)
             penalized = self._penalized()
@@ -120,23 +126,28 @@ class FusedLoss(keras.losses.Loss):
         return cls(**{**config, "penalty": penalty})
 
     def _converted(self, y_true, y_pred):
-        y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
+        return self._rows(tf.convert_to_tensor(y_true), self._cast(y_pred))
+
+    def _cast(self, y_pred):
+        y_pred = tf.convert_to_tensor(y_pred)
         as_they_are = (tf.float16, tf.bfloat16, tf.float32)
         if self.dtype == "float64" or y_pred.dtype not in as_they_are:
             y_pred = tf.cast(y_pred, self.dtype)
-        return self._rows(y_true, y_pred)
+        return y_pred
 
     def _reduces(self):
         return self.reduction not in (None, "none")
 
     def _is_training(self, rows, sample_weight):
-        differentiable = [rows.targets] if sample_weight is None else [rows.targets, sample_weight]
+        differentiable = [] if sample_weight is None else [sample_weight]
+        if not self._compiled.differentiates_targets:
+            differentiable += tf.nest.flatten(rows.targets)
         return (
             self._reduces()
             and rows.shape.rank > 0  # Keras leaves the loss of a single row unscaled.
-            and rows.predictions.dtype != tf.float16  # Underflows before a loss scale arrives.
+            and rows.prediction.dtype != tf.float16  # Underflows before a loss scale arrives.
             and _lib.ops() is not None
-            and should_record_backprop([rows.predictions])
+            and should_record_backprop(tf.nest.flatten(rows.predictions))
             and not should_record_backprop(differentiable)
         )
 
@@ -167,7 +178,7 @@ class FusedLoss(keras.losses.Loss):
             reduction = "sum"
             weight = tf.math.divide_no_nan(weight, tf.reduce_sum(weight) * replicas)
         if not (weight.shape.is_fully_defined() and weight.shape == rows.shape):
-            weight = tf.broadcast_to(weight, tf.shape(rows.predictions)[: rows.shape.rank])
+            weight = tf.broadcast_to(weight, tf.shape(rows.prediction)[: rows.shape.rank])
         return self._reduced_loss(rows, weight, penalized, reduction, replicas)
 
     def _reduced_loss(self, rows, row_weight, penalized, reduction, replicas):
@@ -218,6 +229,6 @@ def load_model(path, **kwargs):
     """
     model = keras.models.load_model(path, **kwargs)
     for loss in keras.tree.flatten(model.loss):
-        if isinstance(loss, FusedLoss):
+        if hasattr(loss, "bind"):  # Also one that holds another loss.
             loss.bind(model)
     return model

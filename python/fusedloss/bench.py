@@ -140,16 +140,17 @@ def machine() -> dict:
 def step(loss: Loss, mode: str, inputs: tuple, weights: Weights = ()) -> Callable:
     """(*inputs) -> (loss, gradients) in a graph of its own, as a training step has it.
 
-    The gradients are those of the last input, the predictions, and of the weights. Traced for
-    inputs like those given.
+    The gradients are those of the last input, the predictions of one layer or of several, and of
+    the weights. Traced for inputs like those given.
     """
 
     @tf.function(jit_compile=mode == "xla")
     def run(*inputs):
+        predictions = tf.nest.flatten(inputs[-1:])
         with tf.GradientTape() as tape:
-            tape.watch(inputs[-1:])
+            tape.watch(predictions)
             value = loss(*inputs)
-        return value, tape.gradient(value, [*inputs[-1:], *weights])
+        return value, tape.gradient(value, [*predictions, *weights])
 
     return run.get_concrete_function(*inputs)
 
@@ -236,14 +237,14 @@ def in_cache_step(case: Case, setting: Setting) -> Callable[[], object] | None:
 def exact(case: Case, inputs: list, weights: list) -> tuple[float, list[np.ndarray]]:
     """Loss and gradients of the whole batch, from NumPy arrays.
 
-    `case.truth` is given chunks of rows that keep its temporaries small.
+    `case.truth` is given chunks of rows that keep its temporaries small, if rows are independent.
     """
     loss, gradients = 0.0, []
-    if inputs:
-        targets, predictions = inputs
+    layers = zip(*(x if isinstance(x, tuple) else [x] for x in inputs), strict=True)
+    for targets, predictions in layers:
         rows = len(predictions)
         gradient = np.empty(predictions.shape)
-        chunk = max(1, TRUTH_BYTES // (gradient[:1].nbytes or 1))
+        chunk = max(1, TRUTH_BYTES // (gradient[:1].nbytes or 1)) if case.independent_rows else rows
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             share = len(predictions[part]) / rows
@@ -300,7 +301,7 @@ def prepare(case: Case, setting: Setting) -> tuple[Result, dict[str, Callable[[]
     """Everything but the time: a result with the errors, and the calls to be timed by `keys`."""
     result = blank(case, setting)
     given, weights = sample(case, setting)
-    truth = exact(case, [x.numpy() for x in given], [x.numpy() for x in weights])
+    truth = exact(case, *tf.nest.map_structure(lambda x: x.numpy(), (list(given), weights)))
     forms = losses_of(case, setting, weights)
     calls = {}
     for timing in result.timings:

@@ -1,5 +1,6 @@
 """The losses as functions of tensors, one value a row, and the penalty on weights."""
 
+from fusedloss.feature_distance import feature_distance
 from fusedloss.penalty import weight_penalty
 from fusedloss.pointwise import (
     binary_crossentropy,
@@ -13,6 +14,7 @@ from fusedloss.softmax_xent import softmax_xent, sparse_softmax_xent
 
 __all__ = [
     "binary_crossentropy",
+    "feature_distance",
     "huber",
     "log_cosh",
     "mean_absolute_error",

@@ -32,7 +32,7 @@ def _reference(*inputs, kind, parameter, epsilon):
 _COMPILED = CompiledLoss(
     "pointwise",
     attributes=("kind", "parameter", "epsilon"),
-    inputs=4,  # predictions and targets; then output_weights and quantiles
+    inputs=(None,) * 4,  # predictions and targets; then output_weights and quantiles
     row_inputs=2,
     reference=_reference,
 )

@@ -1,5 +1,6 @@
 """Softmax cross-entropy: the functional ops, the Keras classes and a metric for subsets."""
 
+import dataclasses
 import warnings
 
 import keras
@@ -16,6 +17,7 @@ from fusedloss.reference.softmax_xent import (
     Formula,
     Subset,
     aligned,
+    blended,
     checked_row_loss,
     mark_ignored,
     row_loss,
@@ -26,6 +28,7 @@ def _encoded(formula):
     """The attributes of the compiled ops. Their floats are strings: an attribute has 32 bits."""
     scalars = formula.scalars()
     ignore_class, normalize = scalars.pop("ignore_class"), scalars.pop("normalize")
+    scalars["prediction_weight"], scalars["blended_weight"] = formula.blend or (1.0, 0.0)
     return {
         "from_logits": scalars.pop("from_logits"),
         "has_ignore_class": ignore_class is not None,
@@ -36,10 +39,21 @@ def _encoded(formula):
 
 
 def _reference(
-    *inputs, from_logits, has_ignore_class, ignore_class, normalize_full, **decimal_strings
+    predictions,
+    *inputs,
+    from_logits,
+    has_ignore_class,
+    ignore_class,
+    normalize_full,
+    prediction_weight,
+    blended_weight,
+    **decimal_strings,
 ):
-    """`row_loss`, called with the attributes of the compiled ops."""
+    """`row_loss`, called with the inputs and attributes of the compiled ops."""
+    if len(predictions) == 2:
+        predictions = [blended(predictions, (float(prediction_weight), float(blended_weight)))]
     return row_loss(
+        *predictions,
         *inputs,
         from_logits=from_logits,
         ignore_class=ignore_class if has_ignore_class else None,
@@ -59,17 +73,23 @@ _COMPILED = CompiledLoss(
         "full_weight",
         "label_smoothing",
         "epsilon",
+        "prediction_weight",
+        "blended_weight",
     ),
-    inputs=4,  # predictions and targets; then class_weight and subset
+    # One array of predictions or two that are blended, and targets; then class_weight and subset.
+    inputs=("parts", None, None, None),
     row_inputs=2,
     reference=_reference,
 )
 
 
 def _row_losses(targets, predictions, formula):
+    """The losses for a list of one tensor of predictions, or of two that are blended."""
     if _lib.ops() is None:
-        return checked_row_loss(targets, predictions, formula)
-    arrays = formula.arrays(loss_dtype(predictions))
+        if formula.blend is not None:
+            predictions = [blended(predictions, formula.blend)]
+        return checked_row_loss(targets, *predictions, formula)
+    arrays = formula.arrays(loss_dtype(predictions[0]))
     loss, _ = _COMPILED.rows(predictions, targets, *arrays, **_encoded(formula))
     return loss
 
@@ -136,7 +156,8 @@ def softmax_xent(
         class_weight=class_weight,
     )
     targets, logits = tf.convert_to_tensor(targets), tf.convert_to_tensor(logits)
-    return _row_losses(*aligned(targets, logits, formula, axis=axis, sparse=False))
+    targets, logits, formula = aligned(targets, logits, formula, axis=axis, sparse=False)
+    return _row_losses(targets, [logits], formula)
 
 
 def sparse_softmax_xent(
@@ -187,10 +208,22 @@ def sparse_softmax_xent(
     )
     labels, logits = tf.convert_to_tensor(labels), tf.convert_to_tensor(logits)
     labels, logits, formula = aligned(labels, logits, formula, axis=axis, sparse=True)
-    return mark_ignored(_row_losses(labels, logits, formula), labels, formula)
+    return mark_ignored(_row_losses(labels, [logits], formula), labels, formula)
 
 
-class _SoftmaxXent(FusedLoss):
+@dataclasses.dataclass(eq=False)
+class Blend:
+    """Predictions that are `weights[0] * predictions[0] + weights[1] * predictions[1]`.
+
+    The classes below take them in place of `y_pred`: kernels add up as they read, and give the
+    gradient to both, so that neither the sum nor its gradient is in memory as a whole.
+    """
+
+    predictions: list
+    weights: tuple[float, float]
+
+
+class SoftmaxXent(FusedLoss):
     """What the two classes share."""
 
     _compiled = _COMPILED
@@ -211,22 +244,35 @@ class _SoftmaxXent(FusedLoss):
     def get_config(self):
         return {**super().get_config(), **self._config}
 
+    def _cast(self, y_pred):
+        if not isinstance(y_pred, Blend):
+            return super()._cast(y_pred)
+        first, second = y_pred.predictions
+        first = super()._cast(first)
+        return Blend([first, tf.cast(second, first.dtype)], y_pred.weights)
+
     def _rows(self, y_true, y_pred):
+        formula, parts = self._formula, [y_pred]
+        if isinstance(y_pred, Blend):
+            formula, parts = dataclasses.replace(formula, blend=y_pred.weights), y_pred.predictions
         axis = self._config["axis"]
-        targets, predictions, formula = aligned(
-            *same_rank(y_true, y_pred), self._formula, axis=axis, sparse=self._sparse
-        )
+        laid_out = [
+            aligned(*same_rank(y_true, part), formula, axis=axis, sparse=self._sparse)
+            for part in parts
+        ]
+        targets, _, formula = laid_out[0]
+        predictions = [prediction for _, prediction, _ in laid_out]
         counted = None
         if formula.ignore_class is not None:
             counted = targets != formula.ignore_class
-        return Rows(targets, predictions, predictions.shape[:-1], counted, formula)
+        return Rows(targets, predictions, predictions[0].shape[:-1], counted, formula)
 
     def _row_losses(self, rows):
         return _row_losses(rows.targets, rows.predictions, rows.formula)
 
 
 @keras.saving.register_keras_serializable(package="fusedloss")
-class CategoricalCrossentropy(_SoftmaxXent):
+class CategoricalCrossentropy(SoftmaxXent):
     """`keras.losses.CategoricalCrossentropy`, fused, with a loss on a subset of the classes.
 
     The first six arguments are Keras's and give its results, except that an empty batch has loss 0
@@ -300,10 +346,10 @@ class CategoricalCrossentropy(_SoftmaxXent):
 
     def _rows(self, y_true, y_pred):
         rows = super()._rows(y_true, y_pred)
-        if rows.predictions.shape[-1] == 1:
+        if rows.prediction.shape[-1] == 1:
             warnings.warn(
                 "CategoricalCrossentropy got predictions over a single class, of shape "
-                f"{y_pred.shape}. For two classes in one output use BinaryCrossentropy.",
+                f"{rows.prediction.shape}. For two classes in one output use BinaryCrossentropy.",
                 SyntaxWarning,
                 stacklevel=4,
             )
@@ -311,7 +357,7 @@ class CategoricalCrossentropy(_SoftmaxXent):
 
 
 @keras.saving.register_keras_serializable(package="fusedloss")
-class SparseCategoricalCrossentropy(_SoftmaxXent):
+class SparseCategoricalCrossentropy(SoftmaxXent):
     """`keras.losses.SparseCategoricalCrossentropy`, fused, with a loss on a subset of the classes.
 
     The first six arguments are Keras's and give its results, except that an empty batch has loss 0

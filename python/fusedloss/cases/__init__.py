@@ -1,9 +1,10 @@
 """The cases that `fusedloss bench` and `benchmarks/` measure: one module for each loss."""
 
-from fusedloss.cases import penalty, pointwise, softmax_xent
+from fusedloss.cases import feature_distance, penalty, pointwise, softmax_xent
 from fusedloss.cases._case import Case, Goal, Setting
 
-CASES = {case.name: case for module in (softmax_xent, pointwise, penalty) for case in module.CASES}
+_MODULES = (softmax_xent, pointwise, penalty, feature_distance)
+CASES = {case.name: case for module in _MODULES for case in module.CASES}
 
 
 def select(name: str) -> list[Case]:

@@ -51,13 +51,14 @@ class Case:
     """Dtypes of the predictions that the case can be measured with."""
     settings: tuple[Setting, ...]
     sample: Callable[[np.random.Generator, Shape, str], tuple]
-    """(generator, shape, dtype) -> (targets, predictions), tensors; of a penalty alone ()."""
+    """(generator, shape, dtype) -> (targets, predictions), tensors or tuples of them, one a layer;
+    of a penalty alone ()."""
     fused: Callable[[Shape, Weights], Loss]
     stock: Callable[[Shape, Weights], dict[str, Loss]]
     """The forms a user of Keras would write, by name; the fastest one counts."""
     truth: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]] | None
-    """(targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows; None
-    of a penalty alone."""
+    """(targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows, of
+    which the sum over the layers is the truth; None of a penalty alone."""
     raw: Callable[[np.ndarray, np.ndarray], Callable[[], object] | None] | None
     """(targets, predictions) -> our kernel on them, on one thread and without TensorFlow; None for
     dtypes that `_core` does not take. It is timed where everything stays in the L2 cache."""
@@ -65,6 +66,8 @@ class Case:
     """Bytes that any implementation must read."""
     bytes_written: Callable[[Shape, str], int]
     """Bytes that any implementation must write."""
+    independent_rows: bool = True
+    """Whether the truth of some rows is that of these rows alone."""
     weights: Callable[[np.random.Generator, Shape, str], Weights] = lambda rng, shape, dtype: []
     """(generator, shape, dtype) -> the penalized variables."""
     penalty_truth: Callable[[np.ndarray], tuple[float, np.ndarray]] | None = None

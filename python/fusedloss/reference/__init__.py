@@ -4,6 +4,7 @@ They say what the compiled kernels must compute, stand in where those cannot be 
 the second derivatives.
 """
 
+from fusedloss.reference.feature_distance import feature_distance
 from fusedloss.reference.penalty import weight_penalty
 from fusedloss.reference.pointwise import (
     binary_crossentropy,
@@ -17,6 +18,7 @@ from fusedloss.reference.softmax_xent import softmax_xent, sparse_softmax_xent
 
 __all__ = [
     "binary_crossentropy",
+    "feature_distance",
     "huber",
     "log_cosh",
     "mean_absolute_error",

@@ -72,6 +72,13 @@ def weights(name, given, one):
     return array
 
 
+def check_choice(name, given, choices):
+    """Raises ValueError if it is none of the choices."""
+    if given not in choices:
+        known = ", ".join(map(repr, choices))
+        raise ValueError(f"`{name}` must be one of {known}. Got {given!r}.")
+
+
 def loss_dtype(predictions):
     """float64 for float64 predictions, else float32: sums of half precision are kept in it."""
     return tf.float64 if predictions.dtype == tf.float64 else tf.float32

@@ -117,6 +117,7 @@ class Formula:
     full_weight: float
     label_smoothing: float
     class_weight: np.ndarray | None
+    blend: tuple[float, float] | None = None  # weights of two predictions whose sum is meant
 
     @classmethod
     def parse(
@@ -196,8 +197,11 @@ class Formula:
 
 
 def _logits_behind(predictions, formula):
-    """`logits_behind`. Keras cannot go back under `ignore_class`; its numbers are kept."""
-    if formula.ignore_class is not None:
+    """`logits_behind`. Keras cannot go back under `ignore_class`; its numbers are kept.
+
+    Nor is a blend of probabilities the softmax of anything at hand.
+    """
+    if formula.ignore_class is not None or formula.blend is not None:
         return predictions, formula
     logits = logits_behind(predictions, formula.from_logits, "Softmax")
     if logits is None:
@@ -278,6 +282,13 @@ def aligned(targets, predictions, formula, *, axis, sparse):
     else:
         targets = tf.cast(targets, loss_dtype(predictions))
     return targets, predictions, formula
+
+
+def blended(predictions, weights):
+    """The weighted sum of two predictions, made in the type of losses and rounded to their own."""
+    dtype = loss_dtype(predictions[0])
+    terms = [weight * tf.cast(x, dtype) for weight, x in zip(weights, predictions, strict=True)]
+    return tf.cast(tf.add_n(terms), predictions[0].dtype)
 
 
 def row_loss(
