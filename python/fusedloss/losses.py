@@ -1,5 +1,8 @@
 """Keras losses, fused."""
 
+from fusedloss.blended import BlendedLoss
+from fusedloss.feature_distance import FeatureDistance
+from fusedloss.perceptual import PerceptualLoss
 from fusedloss.pointwise import (
     BinaryCrossentropy,
     Huber,
@@ -12,11 +15,14 @@ from fusedloss.softmax_xent import CategoricalCrossentropy, SparseCategoricalCro
 
 __all__ = [
     "BinaryCrossentropy",
+    "BlendedLoss",
     "CategoricalCrossentropy",
+    "FeatureDistance",
     "Huber",
     "LogCosh",
     "MeanAbsoluteError",
     "MeanSquaredError",
+    "PerceptualLoss",
     "Quantile",
     "SparseCategoricalCrossentropy",
 ]
