@@ -51,7 +51,7 @@ def _parsed_epsilon(metric, given):
     added = epsilon**2 if metric == "charbonnier" else epsilon
     # TensorFlow takes what is less than `tiny` for 0.
     limits = np.finfo(np.float32)
-    if not (epsilon > 0 and limits.tiny <= added <= limits.max):
+    if not (epsilon > 0 and float(limits.tiny) <= added <= float(limits.max)):
         raise ValueError(
             f"`epsilon` must be finite and greater than 0, and what metric {metric!r} adds too, in "
             f"float32. Got {epsilon}, which adds {added}."
@@ -360,8 +360,9 @@ def row_loss(
         distance = _distance(a, b, weights_, axis, metric, epsilon, epsilon_in_root)
         loss += tf.cast(layer_weight, dtype) * distance
     if reference == "first":
-        own = tf.zeros([tf.minimum(tf.shape(predictions[0])[0], 1)], dtype)
-        loss = tf.concat([own, loss], 0)
+        # tf.concat, in XLA, has no derivative of third order.
+        rows = tf.shape(predictions[0])[:1]
+        loss = tf.scatter_nd(tf.range(rows[0])[1:, None], loss, rows)
     loss.set_shape(predictions[0].shape[:1])
     return loss
 
