@@ -20,11 +20,12 @@ from fusedloss.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PNG = b"\x89PNG"
+MEASURED = [name for name, case in CASES.items() if case.rank == 2]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A quick run of every case on a small shape: the folder with its files and what it printed."""
+    """A quick run of every case of rank 2: the folder with its files and what it printed."""
     folder = tmp_path_factory.mktemp("bench")
     files = ["--json", f"{folder}/a.json", "--plot", f"{folder}/a.png"]
     with open(folder / "printed", "w") as printed, contextlib.redirect_stdout(printed):
@@ -73,7 +74,7 @@ def test_bench_prints_its_columns(measured):
 def test_bench_records_every_form_in_both_modes(measured):
     document = json.loads((measured / "a.json").read_text())
     assert {"cpu", "threads", "tensorflow", "keras"} <= set(document["machine"])
-    assert [result["case"] for result in document["results"]] == list(CASES)
+    assert [result["case"] for result in document["results"]] == MEASURED
     for result in document["results"]:
         stock = set(CASES[result["case"]].stock(tuple(result["shape"]), []))
         for mode in bench.MODES:
@@ -82,8 +83,9 @@ def test_bench_records_every_form_in_both_modes(measured):
         for timing in result["timings"]:
             assert len(timing["samples_ms"]) == bench.QUICK_ROUNDS
             assert min(timing["samples_ms"]) > 0
-            # Stock and ours both round in float32; a wrong truth or gradient is off by far more.
-            assert timing["loss_error"] < 1e-5
+            # Stock and ours both round in float32, and XLA adds up millions of squares in one run; a
+            # wrong truth or gradient is off by far more.
+            assert timing["loss_error"] < (1e-5 if timing["form"] == bench.FUSED else 1e-4)
             assert timing["gradient_error"] < 1e-5
 
 
@@ -95,7 +97,7 @@ def test_report_renders_what_bench_wrote(measured, capsys):
     report = runpy.run_path(str(BENCHMARKS / "report.py"))
     report["main"]([f"{measured}/a.json", "--plot", f"{measured}/b.png"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(CASES)
+    assert len(lines) == 2 + len(MEASURED)
     assert len({line.count("|") for line in lines}) == 1
     assert "32×40 float32" in lines[2]
     assert (measured / "b.png").read_bytes().startswith(PNG)
@@ -123,9 +125,10 @@ def assert_is_the_derivative(gradient, loss, at):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_truth_is_the_derivative_of_its_loss(case):
-    rng, shape = np.random.default_rng(1), (3, 12)
+    rng, shape = np.random.default_rng(1), {2: (2, 16), 4: (2, 2, 2, 3)}[case.rank]
     if case.truth:
-        targets, predictions = (x.numpy() for x in case.sample(rng, shape, "float32"))
+        inputs = case.sample(rng, shape, "float32")
+        targets, predictions = (tf.nest.flatten(x)[-1].numpy() for x in inputs)  # of one layer
         predictions = predictions.astype(np.float64)
         _, gradient = case.truth(targets, predictions)
         assert_is_the_derivative(gradient, lambda x: case.truth(targets, x)[0], predictions)

@@ -1,5 +1,6 @@
 """Frozen models inside of losses and models: values, gradients, training, files, bad input."""
 
+import shutil
 import warnings
 import zipfile
 
@@ -345,6 +346,16 @@ def test_a_saved_model_returns_the_named_entries_of_its_dict(files):
     np.testing.assert_array_equal(features["low"], convnet().get_layer("low")(images()[0]))
     with pytest.raises(ValueError, match="no output 'high'. Its named outputs: all, low"):
         models.load_frozen(files / "signed", ["high"])(images()[0])
+
+
+def test_a_saved_model_is_saved_as_it_was_read_whatever_becomes_of_its_folder(tmp_path):
+    folder = str(tmp_path / "exported")
+    convnet().export(folder, verbose=False)
+    full = keras.Sequential([keras.Input((SIDE, SIDE, 1)), models.load_frozen(folder)])
+    shutil.rmtree(folder)
+    full.save(tmp_path / "full.keras")
+    loaded = keras.saving.load_model(tmp_path / "full.keras", safe_mode=False)
+    np.testing.assert_array_equal(loaded(images()[0]), convnet()(images()[0]))
 
 
 def missing(_, folder):
@@ -924,10 +935,40 @@ def test_functions_of_a_loss_are_saved_if_they_can_be_read_again(tmp_path):
             warnings.simplefilter("ignore")  # Keras's, of lambdas.
             with pytest.raises(ValueError, match="`adapt` cannot be saved.*register_keras"):
                 losses.BlendedLoss("mse", summing(), adapt=adapt).get_config()
-    dense = keras.layers.Dense(3)
-    dense.build((None, 3))
+
+
+def test_layers_with_weights_and_what_is_no_function_are_refused():
+    x, y = images()
+    dense = losses.BlendedLoss("mse", mixer(), adapt=keras.layers.Dense(CLASSES))
     with pytest.raises(ValueError, match="`adapt` has weights"):
-        losses.BlendedLoss("mse", summing(), adapt=dense).get_config()
+        dense(y, classifier()(x))
+    convolution = losses.PerceptualLoss(convnet(), preprocess=keras.layers.Conv2D(1, 1))
+    with pytest.raises(ValueError, match="`preprocess` has weights"):
+        convolution(x, x)
+    with pytest.raises(ValueError, match=r"`adapt` must be .* Got \(5,\)"):
+        losses.BlendedLoss("mse", mixer(), adapt=(5,))
+    with pytest.raises(ValueError, match="`preprocess` must be .* Got 3"):
+        losses.PerceptualLoss(convnet(), preprocess=3)
+    with pytest.raises(ValueError, match="`head` must be a Keras layer or model. Got 10"):
+        models.with_frozen_features(classifier(), mixer(), 10)
+    with pytest.raises(ValueError, match="`layers` must be names of layers. Got None"):
+        models.expose(convnet(), None)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_saved_model_runs_in_its_own_precision(files, policy):
+    x = images()[0]
+    expected = models.load_frozen(files / "signed")(x)
+    keras.config.set_dtype_policy(policy)
+    try:
+        frozen = models.load_frozen(files / "signed")
+        half = keras.config.dtype_policy().compute_dtype
+        found = frozen(tf.cast(x, half))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert {value.dtype.name for value in keras.tree.flatten(found)} == {"float32"}
+    for ours, theirs in zip(*map(keras.tree.flatten, (found, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.02)
 
 
 def test_code_inside_of_a_loss_is_refused_as_elsewhere(tmp_path):
@@ -941,6 +982,20 @@ def test_code_inside_of_a_loss_is_refused_as_elsewhere(tmp_path):
         keras.saving.load_model(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=False)
     x, y = images()
+    assert loaded.evaluate(x, y, verbose=0) == model.evaluate(x, y, verbose=0)
+
+
+def test_an_adapt_with_code_is_saved_and_needs_unsafe_loading(tmp_path):
+    x, y = images()
+    model = classifier()
+    adapt = keras.layers.Lambda(lambda x: x[:, ::-1])
+    model.compile("sgd", losses.BlendedLoss("mse", mixer(), adapt=adapt))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        keras.saving.load_model(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=False)
     assert loaded.evaluate(x, y, verbose=0) == model.evaluate(x, y, verbose=0)
 
 

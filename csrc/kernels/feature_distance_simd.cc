@@ -159,6 +159,13 @@ FUSEDLOSS_INLINE Inverse<A> InverseOfOne(const FeaturePlan<A>& plan, A squares) 
   return {Set(A(1) / (root + plan.epsilon)), Set(root != A(0) ? A(1) / root : A(0))};
 }
 
+// u, which is 0 between equal features.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Difference(const Inverse<A>& of_a, Vec<A> a, const Inverse<A>& of_b,
+                                   Vec<A> b) {
+  return Rounded<A>(of_a.i * a) - Rounded<A>(of_b.i * b);
+}
+
 // One position whose channels are neighbours: sums run over the lanes too.
 template <typename A, bool kWeights>
 struct AlongChannels {
@@ -269,7 +276,7 @@ class Position {
       loop_.Each(
           [&](int64_t at, int64_t, V w, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
             V a = LoadLanes(maps_.a + at, lanes), b = LoadLanes(maps_.b + at, lanes);
-            V u = of_a_.i * a - of_b_.i * b, wu = w * u;
+            V u = Difference(of_a_, a, of_b_, b), wu = w * u;
             u2[slot.value] += wu * u;
             if constexpr (kGradients != kNone) ua[slot.value] += wu * a;
             if constexpr (kGradients >= kOfBoth) ub[slot.value] += wu * b;
@@ -295,7 +302,7 @@ class Position {
         [&](int64_t at, int64_t sum_at, V w, auto lanes, auto) FUSEDLOSS_FLATTEN {
           V a = LoadLanes(maps.a + at, lanes), b = LoadLanes(maps.b + at, lanes), da, db;
           if constexpr (kLpips) {
-            V wu = w * (of_a.i * a - of_b.i * b);
+            V wu = w * Difference(of_a, a, of_b, b);
             da = factor_a * (wu - from_a * a);
             db = factor_b * (from_b * b - wu);
           } else {

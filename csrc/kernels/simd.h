@@ -73,6 +73,17 @@ FUSEDLOSS_INLINE Vec<A> Select(Mask<A> mask, Vec<A> yes, Vec<A> no) {
   return BitCast<Vec<A>>((BitCast<Mask<A>>(yes) & mask) | (BitCast<Mask<A>>(no) & ~mask));
 }
 
+// x as it is, rounded: what a product becomes part of is not contracted with it.
+template <typename A>
+FUSEDLOSS_INLINE Vec<A> Rounded(Vec<A> x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // x where the mask is set, else 0, whatever x is.
 template <typename A>
 FUSEDLOSS_INLINE Vec<A> Keep(Mask<A> mask, Vec<A> x) {

@@ -6,7 +6,15 @@ import tensorflow as tf
 from keras.src import backend
 from keras.src.losses.losses import LossFunctionWrapper
 
-from fusedloss.models import from_archive, frozen_extractor, single_output, to_archive, to_config
+from fusedloss.models import (
+    applied,
+    check_function,
+    from_archive,
+    frozen_extractor,
+    single_output,
+    to_archive,
+    to_config,
+)
 from fusedloss.reference._inputs import loss_dtype, numbers
 from fusedloss.softmax_xent import Blend, SoftmaxXent
 
@@ -32,8 +40,9 @@ class BlendedLoss(keras.losses.Loss):
       name: of the loss.
     Raises:
       TypeError: something else than a model.
-      ValueError: weights that are not two finite numbers; when called, predictions that the model
-        does not take or an output of another shape; when saved, an `adapt` that cannot be.
+      ValueError: weights that are not two finite numbers; when called, an `adapt` with weights,
+        predictions that the model does not take or an output of another shape; when saved, an
+        `adapt` that cannot be.
 
     ```python
     g = fusedloss.models.load_frozen("g.keras")
@@ -58,6 +67,7 @@ class BlendedLoss(keras.losses.Loss):
         self.weights = tuple(numbers("weights", weights, "w0 and w1").tolist())
         if len(self.weights) != 2 or not np.isfinite(self.weights).all():
             raise ValueError(f"`weights` must be two finite numbers, w0 and w1. Got {weights!r}.")
+        check_function("adapt", adapt)
         self.adapt = adapt
 
     @property
@@ -82,9 +92,8 @@ class BlendedLoss(keras.losses.Loss):
     def _parts(self, y_pred):
         """The predictions, and what the model makes of them in the same shape."""
         y_pred = tf.convert_to_tensor(y_pred)
-        adapted = tf.identity(y_pred)  # Without a mask, which is for the loss alone.
-        if self.adapt is not None:
-            adapted = self.adapt(adapted)
+        # Without a mask, which is for the loss alone.
+        adapted = applied("adapt", self.adapt, tf.identity(y_pred))
         other = single_output(
             self.model(adapted), f"The model {self.model.model.name!r} of a blend"
         )

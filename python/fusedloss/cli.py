@@ -83,20 +83,22 @@ def _settings(arguments):
         raise UsageError(f"no case {arguments.case!r}; there are: {', '.join(CASES)}") from None
     if arguments.shape is None and arguments.dtype is None:
         return [(case, setting) for case in cases for setting in case.settings]
+    given = None
+    if arguments.shape is not None:
+        try:
+            given = bench.parse_shape(arguments.shape)
+        except ValueError:
+            raise UsageError(
+                f"--shape is positive sizes such as 1024x32000, got {arguments.shape!r}"
+            ) from None
+        taken = [case for case in cases if case.rank == len(given)]
+        if not taken:
+            takes = [f"{case.name} takes predictions of rank {case.rank}" for case in cases]
+            raise UsageError(f"--shape has {len(given)} sizes; {', '.join(takes)}")
+        cases = taken
     pairs = []
     for case in cases:
-        shape, dtype = case.settings[0].shape, arguments.dtype or "float32"
-        if arguments.shape is not None:
-            try:
-                shape = bench.parse_shape(arguments.shape)
-            except ValueError:
-                raise UsageError(
-                    f"--shape is positive sizes such as 1024x32000, got {arguments.shape!r}"
-                ) from None
-        if len(shape) != case.rank:
-            raise UsageError(
-                f"--shape has {len(shape)} sizes; {case.name} takes predictions of rank {case.rank}"
-            )
+        shape, dtype = given or case.settings[0].shape, arguments.dtype or "float32"
         if dtype not in case.dtypes:
             raise UsageError(
                 f"--dtype {dtype!r} is not one of {case.name}: {', '.join(case.dtypes)}"

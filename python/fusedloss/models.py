@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import copy
 import os
 import pathlib
 import re
 import shutil
 import tempfile
+import weakref
 import zipfile
 
 import h5py
@@ -14,6 +16,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.models import Functional
+from keras.src.saving.serialization_lib import SafeModeScope
 
 
 def expose(model, layers):
@@ -89,7 +92,7 @@ def _layer_outputs(model, layers):
     for node in nodes:
         outputs[node.operation.name].append(node.output_tensors)
     found = {}
-    for name in [layers] if isinstance(layers, str) else layers:
+    for name in _names(layers):
         calls = outputs.get(name, [])
         if len(calls) > 1:
             raise ValueError(
@@ -100,6 +103,13 @@ def _layer_outputs(model, layers):
             raise ValueError(_no_layer(model, graph, name, outputs))
         found[name] = calls[0][0] if len(calls[0]) == 1 else list(calls[0])
     return found
+
+
+def _names(layers):
+    names = [layers] if isinstance(layers, str) else layers
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`layers` must be names of layers. Got {layers!r}.")
+    return names
 
 
 def _no_layer(model, graph, name, existing):
@@ -117,12 +127,14 @@ def _no_layer(model, graph, name, existing):
 
 @keras.saving.register_keras_serializable(package="fusedloss")
 class Frozen(keras.layers.Layer):
-    """A layer around a model that never trains, whatever is done to the model that it is put into.
+    """A layer around a model that does not train, whatever becomes of the model it is put into.
 
     The model runs in inference mode: batch norm uses its statistics and keeps them, dropout drops
     nothing. Its weights are saved with the layer and are not among the trainable ones, also after
     `trainable = True` on the layer or on an outer model. The gradient flows through it to its
-    inputs. Making the layer freezes the model itself, not a copy. Calling a model with
+    inputs. Making the layer freezes the model itself, not a copy, and with it what shares its
+    layers: a model that is to be trained elsewhere has to be cloned before. Only who sets
+    `trainable` of the model inside, or of a layer in it, thaws it. Calling a model with
     `training=False` while an outer one is put together is a trap: `fit` overrides it.
 
     Args:
@@ -137,7 +149,10 @@ class Frozen(keras.layers.Layer):
 
     def __init__(self, model, outputs=None, name=None, dtype=None):
         if not isinstance(model, keras.layers.Layer):
-            raise TypeError(f"`model` must be a Keras model or layer. Got {model!r}.")
+            raise TypeError(
+                f"A frozen model must be a Keras model or layer, such as `load_frozen` reads from "
+                f"a file. Got {model!r}."
+            )
         # The model casts its inputs itself, if it wants to.
         super().__init__(trainable=False, name=name, dtype=dtype, autocast=False)
         self.model = model
@@ -210,7 +225,7 @@ def frozen_extractor(model, layers=None):
         model = model.model
     if layers is None:
         return Frozen(model)
-    layers = [layers] if isinstance(layers, str) else list(layers)
+    layers = _names(layers)
     if not layers:
         raise ValueError("`layers` must name at least one layer, or be None.")
     if not isinstance(model, Functional | keras.Sequential):
@@ -243,8 +258,9 @@ def with_frozen_features(model, frozen, head, adapt=None):
     Returns:
       A `keras.Model`, to be compiled, trained and saved like any other.
     Raises:
-      ValueError: a model without a graph of layers or with several outputs; a shape that `frozen`
-        does not take.
+      TypeError: `frozen` is no model.
+      ValueError: a model without a graph of layers or with several outputs; a `head` or `adapt` of
+        another kind; a shape that `frozen` does not take.
 
     ```python
     g = fusedloss.models.load_frozen("g.keras")
@@ -254,6 +270,9 @@ def with_frozen_features(model, frozen, head, adapt=None):
     )
     ```
     """
+    if not isinstance(head, keras.layers.Layer):
+        raise ValueError(f"`head` must be a Keras layer or model. Got {head!r}.")
+    check_function("adapt", adapt)
     graph = _graph(model)
     prediction = single_output(graph._outputs_struct, f"The model {model.name!r}")
     features = frozen_extractor(frozen)(prediction if adapt is None else adapt(prediction))
@@ -272,16 +291,24 @@ class SavedModel(keras.layers.TFSMLayer):
     """
 
     def __init__(self, filepath=None, archive=None, **others):
-        folder = None
-        if archive is not None:
-            folder = tempfile.TemporaryDirectory()
+        # A copy, to be saved again as it was read, whatever becomes of the folder.
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        if archive is None:
+            shutil.copytree(filepath, folder, dirs_exist_ok=True)
+        else:
             with tempfile.TemporaryDirectory() as beside:
                 packed = os.path.join(beside, "saved_model.zip")
                 pathlib.Path(packed).write_bytes(base64.b64decode(archive))
-                shutil.unpack_archive(packed, folder.name)
-            filepath = folder.name
-        super().__init__(filepath, **others)
-        self._folder = folder  # Lives as long as the layer, which can be saved again.
+                shutil.unpack_archive(packed, folder)
+        # The program takes what it was saved for, whatever the policy of a model around it.
+        super().__init__(folder, **{"dtype": "float32", **others})
+
+    def outputs(self):
+        """The names in the dict that the program returns; none if it returns something else."""
+        endpoint = self.call_endpoint_fn
+        returned = getattr(endpoint, "concrete_functions", [endpoint])[0].structured_outputs
+        return sorted(returned) if isinstance(returned, dict) else []
 
     def get_config(self):
         with tempfile.TemporaryDirectory() as beside:
@@ -313,7 +340,7 @@ def load_frozen(path, layers=None):
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no pretrained model at {path!r}: check the path.")
     if os.path.isdir(path):
-        return frozen_extractor(_load_saved_model(path), layers)
+        return _load_saved_model(path, layers)
     _check_file(path)
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -377,11 +404,11 @@ def _why_not_loaded(path, error):
         )
     return (
         f"{path!r} cannot be read, and may be truncated or corrupt ({type(error).__name__}: "
-        f"{_first_line(error)}): copy or download it again, or save it again with `model.save`."
+        f"{_first_line(error)}): copy or download it again, or save it again with Keras."
     )
 
 
-def _load_saved_model(path):
+def _load_saved_model(path, layers):
     if not os.path.exists(os.path.join(path, "saved_model.pb")):
         raise ValueError(
             f"{path!r} is a folder without a `saved_model.pb`, and so no SavedModel: give the "
@@ -390,9 +417,16 @@ def _load_saved_model(path):
     try:
         loaded = tf.saved_model.load(path)
         endpoint = "serve" if hasattr(loaded, "serve") else "serving_default"
-        return SavedModel(path, call_endpoint=endpoint)
+        model = SavedModel(path, call_endpoint=endpoint)
     except Exception as error:  # As of corrupt files.
         raise ValueError(_why_not_loaded(path, error)) from error
+    for name in _names(layers or []):
+        if name not in model.outputs():
+            raise ValueError(
+                f"The SavedModel {path!r} has no output {name!r}. Its named outputs: "
+                f"{', '.join(model.outputs()) or 'none'}."
+            )
+    return frozen_extractor(model, layers)
 
 
 @contextlib.contextmanager
@@ -423,24 +457,42 @@ def from_archive(text):
         return keras.saving.load_model(path, compile=False)
 
 
+def check_function(argument, function):
+    """Raises ValueError for what is neither None nor a layer or function."""
+    if function is not None and not callable(function):
+        raise ValueError(
+            f"`{argument}` must be None, a Keras layer or a function. Got {function!r}."
+        )
+
+
+def applied(argument, function, x):
+    """`function(x)`, or `x` without one; ValueError for a layer with weights."""
+    if function is None:
+        return x
+    value = function(x)
+    if isinstance(function, keras.layers.Layer) and function.weights:
+        raise ValueError(
+            f"`{argument}` has weights, which a loss neither trains nor saves: put the layer "
+            f"{function.name!r} at the front of the frozen model."
+        )
+    return value
+
+
 def to_config(argument, function):
     """The config of a layer or function that a loss holds; ValueError if it cannot be read back."""
     if function is None:
         return None
     is_layer = isinstance(function, keras.layers.Layer)
-    if is_layer and function.weights:
-        raise ValueError(
-            f"`{argument}` has weights, and a loss saves those of its frozen model alone: put the "
-            f"layer {function.name!r} at the front of that model."
-        )
     try:
         config = keras.saving.serialize_keras_object(function)
-        read = keras.saving.deserialize_keras_object(config)
+        with SafeModeScope(False):  # It is the caller's own code, if it is any.
+            # Of a copy: a `Lambda` changes the config that it is read from.
+            read = keras.saving.deserialize_keras_object(copy.deepcopy(config))
     except (AttributeError, TypeError, ValueError):
         read = None
     if read is not function and not (is_layer and type(read) is type(function)):
         raise ValueError(
-            f"`{argument}` cannot be saved: {function!r} is neither a Keras layer nor registered. "
+            f"`{argument}` cannot be saved: {function!r} is not Keras's own, nor registered. "
             "Register it: `keras.saving.register_keras_serializable()(function)`."
         )
     return config

@@ -4,7 +4,14 @@ import keras
 import tensorflow as tf
 
 from fusedloss.feature_distance import FeatureDistance
-from fusedloss.models import from_archive, frozen_extractor, to_archive, to_config
+from fusedloss.models import (
+    applied,
+    check_function,
+    from_archive,
+    frozen_extractor,
+    to_archive,
+    to_config,
+)
 from fusedloss.reference._inputs import is_list
 
 
@@ -29,8 +36,8 @@ class PerceptualLoss(FeatureDistance):
     never change, are no weights of the model in training, and are saved inside of the loss.
 
     Args:
-      extractor: a Keras model or layer, or what `fusedloss.models.load_frozen` returns; frozen by
-        this. What it returns is compared: a tensor, or a list or dict of them.
+      extractor: a Keras model or layer, or what `fusedloss.models.load_frozen` returns; frozen in
+        place, as far as it is used. What it returns is compared: a tensor, or a list or dict.
       layers: None, or names of layers of the extractor: their outputs are compared in place of its
         own.
       layer_weights: of the distances: a list in the order of `layers`, or a dict by their names;
@@ -48,8 +55,8 @@ class PerceptualLoss(FeatureDistance):
     Raises:
       TypeError: something else than a model.
       ValueError: an argument out of range; a layer that the extractor has not; weights of other
-        layers; when called, images of a shape that the extractor does not take; when saved, a
-        `preprocess` that cannot be.
+        layers; when called, a `preprocess` with weights or images of a shape that the extractor
+        does not take; when saved, a `preprocess` that cannot be.
 
     Called with a list or dict in the place of `y_true`, the loss takes it for features made before
     by `features`, as for a target that stays the same. Content and style of two pictures:
@@ -95,6 +102,7 @@ class PerceptualLoss(FeatureDistance):
             penalty=penalty,
         )
         self.extractor = frozen_extractor(extractor, layers)
+        check_function("preprocess", preprocess)
         self.preprocess = preprocess
 
     def features(self, images):
@@ -102,7 +110,7 @@ class PerceptualLoss(FeatureDistance):
         images = tf.convert_to_tensor(images)
         if not images.dtype.is_floating:
             images = tf.cast(images, keras.config.floatx())
-        features = self.extractor(images if self.preprocess is None else self.preprocess(images))
+        features = self.extractor(applied("preprocess", self.preprocess, images))
         return features if isinstance(features, list | tuple | dict) else [features]
 
     def _layers(self, y_true, y_pred):

@@ -64,8 +64,8 @@ def run(quick: bool, folder: Path, console: Console) -> dict:
     given[is_careless] = LOOKS_LIKE[given[is_careless]]
     held_out = images[TRAINED_ON + READ_TWICE :], labels[TRAINED_ON + READ_TWICE :]
 
-    save_reader(labels[TRAINED_ON : TRAINED_ON + READ_TWICE], folder / "reader.keras")
-    reader = models.load_frozen(folder / "reader.keras")
+    save_reader(labels[TRAINED_ON : TRAINED_ON + READ_TWICE], folder / "blended_reader.keras")
+    reader = models.load_frozen(folder / "blended_reader.keras")
     before = reader.get_weights()
 
     entropy = losses.SparseCategoricalCrossentropy()

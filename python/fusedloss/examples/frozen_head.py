@@ -67,7 +67,7 @@ def train(task: str, frozen, data, held_out, epochs: int):
 def run(quick: bool, folder: Path, console: Console) -> dict:
     """Trains four models, prints, draws. Returns their metrics and what has become of g."""
     images, labels = digits()
-    save_reader(images[:READ], labels[:READ], folder / "reader.keras")
+    save_reader(images[:READ], labels[:READ], folder / "frozen_head_reader.keras")
     seen, epochs = second_camera(images), 20 if quick else 150
     part, rest = slice(READ, READ + LABELLED), slice(READ + LABELLED, None)
     table = Table(
@@ -76,7 +76,7 @@ def run(quick: bool, folder: Path, console: Console) -> dict:
     metrics, moved, trained = {}, [], {}
     for task, (layer, *_, metric) in TASKS.items():
         data, held_out = ((seen[s], labels[s, None].astype("float32")) for s in (part, rest))
-        frozen = models.load_frozen(folder / "reader.keras", layers=[layer])
+        frozen = models.load_frozen(folder / "frozen_head_reader.keras", layers=[layer])
         before = frozen.get_weights()
         _, _, without = train(task, None, data, held_out, epochs)
         *trained[task], found = train(task, frozen, data, held_out, epochs)

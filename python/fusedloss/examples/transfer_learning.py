@@ -8,7 +8,7 @@ overtakes them here.
 The traps: `base.trainable = True` also thaws batch norm, whose statistics a few batches of new
 images move away from what the base was trained with; here it stays frozen, and a frozen batch norm
 runs in inference mode. And a change of `trainable` counts for nothing until the model is compiled
-again. What is never to be thawed belongs into `fusedloss.models.Frozen`, which ignores all that.
+again. What must not be thawed with an outer model belongs into `fusedloss.models.Frozen`.
 """
 
 from pathlib import Path
@@ -85,7 +85,7 @@ def run(quick: bool, folder: Path, console: Console) -> dict:
     base = new_base()
     original = compiled(base, SMALL_RATE, keras.layers.Dense(5, activation="softmax"))
     original.fit(images[low], labels[low], 32, epochs=2 if quick else 10, verbose=0)
-    base.save(folder / "base.keras")
+    base.save(folder / "transfer_learning_base.keras")
 
     data = images[high][:LABELLED], labels[high][:LABELLED] - 5
     held_out = images[high][LABELLED:], labels[high][LABELLED:] - 5
@@ -96,7 +96,7 @@ def run(quick: bool, folder: Path, console: Console) -> dict:
         f"last {LAST} layers at a small rate": [(LAST, SMALL_RATE)],
         "first one, then the other": [(0, RATE), (LAST, SMALL_RATE)],
     }.items():
-        base = keras.models.load_model(folder / "base.keras")
+        base = keras.models.load_model(folder / "transfer_learning_base.keras")
         results[way] = move(base, stages, data, held_out, epochs)
 
     console.print(f"{LABELLED} labelled digits from 5 to 9; the base knows 0 to 4.")

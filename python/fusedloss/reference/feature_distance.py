@@ -223,9 +223,9 @@ def _with_rows(target, prediction, name):
 def _gram(features, data_format):
     """The Gram matrix of every example, over its positions: float `[rows, channels, channels]`."""
     axis, last = _channel_axis(data_format), data_format == "channels_last"
-    shape = tf.shape(features)
+    shape = tf.shape(features, tf.int64)
     rows, channels = shape[0], shape[axis]
-    positions = tf.size(features) // tf.maximum(rows * channels, 1)
+    positions = tf.size(features, tf.int64) // tf.maximum(rows * channels, 1)
     flat = [rows, positions, channels] if last else [rows, channels, positions]
     features = tf.reshape(tf.cast(features, loss_dtype(features)), flat)
     products = tf.matmul(features, features, transpose_a=last, transpose_b=not last)
@@ -254,6 +254,8 @@ def aligned(target, prediction, formula):
     dtype = predictions[0].dtype
     if formula.reference == "first":
         targets = [tf.zeros([0], dtype)] * len(names)
+    elif target is None:
+        raise ValueError('Only with `reference="first"` can the target be None.')
     else:
         targets = _matched("target", _by_layer(target), names)
         targets = [tf.convert_to_tensor(x) for x in targets]
