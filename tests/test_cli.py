@@ -83,8 +83,8 @@ def test_bench_records_every_form_in_both_modes(measured):
         for timing in result["timings"]:
             assert len(timing["samples_ms"]) == bench.QUICK_ROUNDS
             assert min(timing["samples_ms"]) > 0
-            # Stock and ours both round in float32, and XLA adds up millions of squares in one run; a
-            # wrong truth or gradient is off by far more.
+            # Stock and ours both round in float32, XLA sums millions of squares in one run; a wrong
+            # truth or gradient is off by far more.
             assert timing["loss_error"] < (1e-5 if timing["form"] == bench.FUSED else 1e-4)
             assert timing["gradient_error"] < 1e-5
 
