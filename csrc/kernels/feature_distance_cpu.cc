@@ -12,8 +12,8 @@ namespace {
 // the shapes alone, so that results are the same for any number of threads.
 constexpr int64_t kBlockElements = 64 << 10;
 // Where the rows have one target, what a strip keeps of it, and the sums of its gradient, stay in
-// the first-level cache.
-constexpr int64_t kTargetElements = 2 << 10;
+// the first-level cache, or, where all rows take each from there once, in the second-level cache.
+constexpr int64_t kTargetElements = 2 << 10, kElementwiseTargetElements = 8 << 10;
 // Of channels that lie apart, a strip's maps stay in the second-level cache, and a piece of a
 // channel is a few cache lines at least.
 constexpr int64_t kApartElements = 32 << 10, kApartPositions = 64;
@@ -92,7 +92,7 @@ class Layer {
     }
     apart_ = !plan.channels_last && channels_ > 1;
     if (elementwise && channel_weights_ && !apart_) Expand();
-    Cut();
+    Cut(elementwise);
   }
 
   int64_t blocks() const { return map_ == 0 ? 0 : strips_ * ranges_; }
@@ -154,8 +154,10 @@ class Layer {
     }
   }
 
-  void Cut() {
-    int64_t elements = one_target_ ? kTargetElements : kBlockElements;
+  void Cut(bool elementwise) {
+    int64_t elements = !one_target_  ? kBlockElements
+                       : elementwise ? kElementwiseTargetElements
+                                     : kTargetElements;
     if (apart_) elements = std::min(elements, kApartElements);
     strip_positions_ = std::max<int64_t>(elements / channels_, apart_ ? kApartPositions : 1);
     if (apart_ || channels_ == 1) {

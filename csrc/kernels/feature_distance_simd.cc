@@ -37,63 +37,97 @@ FUSEDLOSS_INLINE Point<A> At(Vec<A> e, Vec<A> epsilon2) {
   }
 }
 
-// Consecutive elements. `weights` are theirs, or null: then all have that one.
+// Rows that share a target are read side by side: one after the other, each would begin anew where
+// no hardware expects it.
+constexpr int64_t kSideBySide = 8;
+
+// The same consecutive elements of one row, or of several with one target. `weights` are theirs, or
+// null: then all have that one.
 template <typename T>
 struct Line {
   using A = Accumulator<T>;
-  int64_t size;
+  int64_t rows, size;
+  int64_t row_stride;
   const T* predictions;
   const T* targets;
   const A* weights;
   A weight;
-  A scale;
-  T* dpredictions;  // out, or null
-  T* dtargets;      // out, or null
-  A* target_sums;   // [size] added to, or null
+  const A* scales;    // [rows]
+  T* dpredictions;    // out, or null
+  T* dtargets;        // out, or null
+  A* target_sums;     // [size] added to, or null
+  double* distances;  // [rows] added to
 };
 
-// Returns the line's distance.
-template <typename T, FeatureMetric kMetric, bool kWeights, Gradients kGradients>
-double RunLine(const FeaturePlan<Accumulator<T>>& plan, const Line<T>& given) {
+template <typename T, FeatureMetric kMetric, bool kWeights, Gradients kGradients, bool kOneRow>
+void RunLine(const FeaturePlan<Accumulator<T>>& plan, const Line<T>& given) {
   using A = Accumulator<T>;
   using V = Vec<A>;
+  constexpr int64_t kVector = kLanes<A>, kStep = kSlots * kVector;
   const Line<T> line = given;  // a copy: what no store can have changed
-  const V epsilon2 = Set(plan.epsilon * plan.epsilon), scale = Set(line.scale);
-  const V one_weight = Set(line.weight);
+  const int64_t rows = kOneRow ? 1 : line.rows;
+  const V epsilon2 = Set(plan.epsilon * plan.epsilon), one_weight = Set(line.weight);
   const bool stream = plan.stream && kGradients != kNone;
 
-  RunningSum<A> sums[kSlots];
-  auto vector = [&](int64_t i, auto lanes, auto slot) FUSEDLOSS_FLATTEN {
-    V a = LoadLanes(line.predictions + i, lanes), b = LoadLanes(line.targets + i, lanes);
-    Point<A> point = At<kMetric, A>(a - b, epsilon2);
-    if constexpr (kWeights) {
-      V w = line.weights ? LoadLanes(line.weights + i, lanes) : one_weight;
-      point.distance *= w;
-      point.slope *= w;
+  RunningSum<A> sums[kOneRow ? 1 : kSideBySide];
+  V scales[kOneRow ? 1 : kSideBySide];
+  for (int64_t row = 0; row < rows; ++row) scales[row] = Set(line.scales[row]);
+  auto step = [&](int64_t i, auto lanes, auto count) FUSEDLOSS_FLATTEN {
+    V b[count], w[count], db[count];
+    for (int k = 0; k < count; ++k) {
+      const int64_t at = i + k * kVector;
+      b[k] = LoadLanes(line.targets + at, lanes);
+      if constexpr (kWeights)
+        w[k] = line.weights ? LoadLanes(line.weights + at, lanes) : one_weight;
+      if constexpr (kGradients == kOfBothSummed) db[k] = LoadLanes(line.target_sums + at, lanes);
     }
-    sums[slot.value] += KeepLanes<A>(lanes, point.distance);
-    V gradient = point.slope * scale;
-    if constexpr (kGradients != kNone) StoreLanes(line.dpredictions + i, gradient, lanes, stream);
-    if constexpr (kGradients == kOfBoth) StoreLanes(line.dtargets + i, -gradient, lanes, false);
+    for (int64_t row = 0; row < rows; ++row) {
+      V distance{};
+      for (int k = 0; k < count; ++k) {
+        const int64_t at = row * line.row_stride + i + k * kVector;
+        Point<A> point = At<kMetric, A>(LoadLanes(line.predictions + at, lanes) - b[k], epsilon2);
+        if constexpr (kWeights) {
+          point.distance *= w[k];
+          point.slope *= w[k];
+        }
+        distance += KeepLanes<A>(lanes, point.distance);
+        const V da = point.slope * scales[row];
+        if constexpr (kGradients != kNone) StoreLanes(line.dpredictions + at, da, lanes, stream);
+        if constexpr (kGradients == kOfBoth) StoreLanes(line.dtargets + at, -da, lanes, false);
+        if constexpr (kGradients == kOfBothSummed) db[k] -= da;
+      }
+      sums[row] += distance;
+    }
     if constexpr (kGradients == kOfBothSummed) {
-      V sum = LoadLanes(line.target_sums + i, lanes);
-      StoreLanes(line.target_sums + i, sum - gradient, lanes, false);
+      for (int k = 0; k < count; ++k) {
+        StoreLanes(line.target_sums + i + k * kVector, db[k], lanes, false);
+      }
     }
   };
-  auto end_run = [&]() FUSEDLOSS_FLATTEN { EndRuns(sums[0], sums[1], sums[2], sums[3]); };
 
-  const int64_t head = stream ? UnalignedHead(line.dpredictions, line.size) : 0;
-  if (head > 0) vector(0, First<A>(head), Slot<0>{});
-  EachVectorInRuns<A>(head, line.size, vector, end_run);
-  return SumOfLanes<A>(Sum(sums))[0];
+  using One = std::integral_constant<int, 1>;
+  using Several = std::integral_constant<int, kSlots>;
+  int64_t i = stream ? UnalignedHead(line.dpredictions, line.size) : 0;
+  if (i > 0) step(0, First<A>(i), One{});
+  do {
+    const int64_t end = line.size - i > kRun * kStep ? i + kRun * kStep : line.size;
+    for (; i + kStep <= end; i += kStep) step(i, AllLanes{}, Several{});
+    for (; i + kVector <= end; i += kVector) step(i, AllLanes{}, One{});
+    if (i < end) step(i, First<A>(end - i), One{});
+    i = end;
+    for (int64_t row = 0; row < rows; ++row) sums[row].EndRun();
+  } while (i < line.size);
+  for (int64_t row = 0; row < rows; ++row) {
+    line.distances[row] += SumOfLanes<A>(sums[row].total)[0];
+  }
 }
 
-// The distance of one row, of which `row` has the pointers to the first element.
-template <typename T, FeatureMetric kMetric, Gradients kGradients>
-double RunElementwiseRow(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& strip,
-                         const Line<T>& row) {
+// `line` has all but the extent: its pointers are to the first element of the strip.
+template <typename T, FeatureMetric kMetric, Gradients kGradients, bool kOneRow>
+void RunLines(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& strip,
+              const Line<T>& first) {
   auto at = [&](int64_t offset, int64_t sums_offset, int64_t size) {
-    Line<T> line = row;
+    Line<T> line = first;
     line.size = size;
     line.predictions += offset;
     line.targets += offset;
@@ -104,24 +138,51 @@ double RunElementwiseRow(const FeaturePlan<Accumulator<T>>& plan, const FeatureS
   };
   const int64_t channels = strip.channels, positions = strip.positions;
   if (strip.channel_weights == nullptr) {
-    return RunLine<T, kMetric, false, kGradients>(plan, at(0, 0, positions * channels));
-  }
-  double sum = 0;
-  if (plan.channels_last) {
+    RunLine<T, kMetric, false, kGradients, kOneRow>(plan, at(0, 0, positions * channels));
+  } else if (plan.channels_last) {
     for (int64_t p = 0; p < positions; p += strip.repeats) {
       const int64_t count = strip.repeats < positions - p ? strip.repeats : positions - p;
       Line<T> line = at(p * channels, p * channels, count * channels);
       line.weights = strip.channel_weights;
-      sum += RunLine<T, kMetric, true, kGradients>(plan, line);
+      RunLine<T, kMetric, true, kGradients, kOneRow>(plan, line);
     }
   } else {
     for (int64_t c = 0; c < channels; ++c) {
       Line<T> line = at(c * strip.channel_stride, c * positions, positions);
       line.weight = strip.channel_weights[c];
-      sum += RunLine<T, kMetric, true, kGradients>(plan, line);
+      RunLine<T, kMetric, true, kGradients, kOneRow>(plan, line);
     }
   }
-  return sum;
+}
+
+template <typename T, FeatureMetric kMetric, Gradients kGradients>
+void RunElementwise(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& strip) {
+  using A = Accumulator<T>;
+  // All rows side by side have to begin alike, or some could not be streamed.
+  const bool alike = !plan.stream || strip.row_stride % kLanes<A> == 0;
+  const int64_t group = strip.target_row_stride == 0 && alike ? kSideBySide : 1;
+  for (int64_t row = 0; row < strip.rows; row += group) {
+    A scales[kSideBySide];
+    Line<T> line{};
+    line.rows = strip.rows - row < group ? strip.rows - row : group;
+    line.row_stride = strip.row_stride;
+    line.predictions = strip.predictions + row * strip.row_stride;
+    line.targets = strip.targets + row * strip.target_row_stride;
+    line.scales = scales;
+    if (kGradients != kNone) line.dpredictions = strip.dpredictions + row * strip.row_stride;
+    if (kGradients == kOfBoth) line.dtargets = strip.dtargets + row * strip.target_row_stride;
+    line.target_sums = strip.target_sums;
+    line.distances = strip.distances + row;
+    for (int64_t r = 0; r < line.rows; ++r) {
+      scales[r] = strip.cotangents ? strip.scale * strip.cotangents[row + r] : strip.scale;
+      line.distances[r] = 0;
+    }
+    if (line.rows == 1) {
+      RunLines<T, kMetric, kGradients, true>(plan, strip, line);
+    } else {
+      RunLines<T, kMetric, kGradients, false>(plan, strip, line);
+    }
+  }
 }
 
 // ---- Metrics that compare the directions of two vectors: of a position's channels.
@@ -398,7 +459,7 @@ void Prefetch(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& st
 }
 
 template <typename T, FeatureMetric kMetric, Gradients kGradients>
-void RunStrip(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& strip) {
+void RunDirections(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& strip) {
   using A = Accumulator<T>;
   for (int64_t row = 0; row < strip.rows; ++row) {
     const T* a = strip.predictions + row * strip.row_stride;
@@ -406,25 +467,26 @@ void RunStrip(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& st
     T* da = strip.dpredictions ? strip.dpredictions + row * strip.row_stride : nullptr;
     T* db = strip.dtargets ? strip.dtargets + row * strip.target_row_stride : nullptr;
     const A scale = strip.cotangents ? strip.scale * strip.cotangents[row] : strip.scale;
-    double& distance = strip.distances[row];
     const bool one_target = strip.target_row_stride == 0;  // Then a row's part is short.
     if (one_target && row + 1 < strip.rows) Prefetch(plan, strip, a + strip.row_stride);
-    if constexpr (kMetric == FeatureMetric::kCosine || kMetric == FeatureMetric::kLpips) {
-      const Maps<T> maps{a, b, da, db, strip.target_sums, IsAligned(plan, strip, da)};
-      distance = strip.channel_weights
-                     ? RunPositions<T, kMetric, true, kGradients>(plan, strip, maps, scale)
-                     : RunPositions<T, kMetric, false, kGradients>(plan, strip, maps, scale);
-    } else {
-      distance = RunElementwiseRow<T, kMetric, kGradients>(
-          plan, strip, {0, a, b, nullptr, 0, scale, da, db, strip.target_sums});
-    }
+    const Maps<T> maps{a, b, da, db, strip.target_sums, IsAligned(plan, strip, da)};
+    strip.distances[row] =
+        strip.channel_weights
+            ? RunPositions<T, kMetric, true, kGradients>(plan, strip, maps, scale)
+            : RunPositions<T, kMetric, false, kGradients>(plan, strip, maps, scale);
   }
-  if (plan.stream) _mm_sfence();
 }
 
 template <typename T, FeatureMetric kMetric>
 void RunMetric(const FeaturePlan<Accumulator<T>>& plan, const FeatureStrip<T>& strip) {
-  WithGradients(strip, [&](auto gradients) { RunStrip<T, kMetric, gradients>(plan, strip); });
+  WithGradients(strip, [&](auto gradients) {
+    if constexpr (kMetric == FeatureMetric::kCosine || kMetric == FeatureMetric::kLpips) {
+      RunDirections<T, kMetric, gradients>(plan, strip);
+    } else {
+      RunElementwise<T, kMetric, gradients>(plan, strip);
+    }
+  });
+  if (plan.stream) _mm_sfence();
 }
 
 }  // namespace
