@@ -11,11 +11,12 @@ namespace {
 // These are mirrored in test_gpu_kernels.py and test_gpu_feature_distance.py.
 struct SoftmaxXentArguments {
   int64_t rows, classes, subset_size, ignore_class;
-  int64_t from_logits, normalize_full, has_ignore_class;
+  int64_t from_logits, normalize_full, has_ignore_class, subset_kind, mask_negative, focal;
   double subset_weight, full_weight, label_smoothing, epsilon, scale, blend[2];
+  double temperature, z_loss, softcap, gamma;
   const void *predictions, *labels32, *labels64, *targets, *class_weight, *subset;
-  const void *dloss, *row_weight;
-  void *loss, *stats, *gradient;
+  const void *mask, *candidates32, *candidates64, *dloss, *row_weight;
+  void *loss, *stats, *gradient, *metrics;
   const void* blended;
   void* dblended;
 };
@@ -70,7 +71,7 @@ struct Workspace {
 };
 
 template <typename T>
-GpuError Run(int op, const SoftmaxXentArguments& from) {
+SoftmaxXentArgs<T> Arguments(const SoftmaxXentArguments& from) {
   using A = Accumulator<T>;
   SoftmaxXentArgs<T> args{};
   args.rows = from.rows;
@@ -86,10 +87,33 @@ GpuError Run(int op, const SoftmaxXentArguments& from) {
   args.class_weight = static_cast<const A*>(from.class_weight);
   args.subset = static_cast<const int64_t*>(from.subset);
   args.subset_size = from.subset_size;
-  args.options = {from.from_logits != 0,      from.normalize_full != 0,
-                  from.has_ignore_class != 0, from.ignore_class,
-                  from.subset_weight,         from.full_weight,
-                  from.label_smoothing,       from.epsilon};
+  args.subset_kind = static_cast<SubsetKind>(from.subset_kind);
+  args.mask = static_cast<const bool*>(from.mask);
+  args.candidates32 = static_cast<const int32_t*>(from.candidates32);
+  args.candidates64 = static_cast<const int64_t*>(from.candidates64);
+  args.metrics = static_cast<A*>(from.metrics);
+  SoftmaxXentOptions& options = args.options;
+  options.from_logits = from.from_logits != 0;
+  options.normalize_full = from.normalize_full != 0;
+  options.mask_negative = from.mask_negative != 0;
+  options.has_ignore_class = from.has_ignore_class != 0;
+  options.ignore_class = from.ignore_class;
+  options.subset_weight = from.subset_weight;
+  options.full_weight = from.full_weight;
+  options.label_smoothing = from.label_smoothing;
+  options.epsilon = from.epsilon;
+  options.temperature = from.temperature;
+  options.z_loss = from.z_loss;
+  options.softcap = from.softcap;
+  options.focal = from.focal != 0;
+  options.gamma = from.gamma;
+  return args;
+}
+
+template <typename T>
+GpuError Run(int op, const SoftmaxXentArguments& from) {
+  using A = Accumulator<T>;
+  const SoftmaxXentArgs<T> args = Arguments<T>(from);
   Workspace workspace(SoftmaxXentWorkspace(op == 2 ? args.rows : 0, args.classes));
   Gpu gpu{nullptr, Workspace::Allocate, &workspace};
   auto* loss = static_cast<A*>(from.loss);
@@ -194,6 +218,11 @@ GpuError Run(int op, const FeatureDistanceArguments& from) {
 
 extern "C" void emulate(int64_t shared_memory_limit, int has_clusters, int runs_backwards) {
   fusedloss::emulated_device = {shared_memory_limit, has_clusters != 0, runs_backwards != 0};
+}
+
+// The length of a row of `stats`, for predictions of any type.
+extern "C" int softmax_xent_stats(const fusedloss::SoftmaxXentArguments* arguments) {
+  return fusedloss::SoftmaxXentStats(fusedloss::Arguments<float>(*arguments));
 }
 
 // op: 0 forward, 1 backward, 2 reduced; dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16. Null if

@@ -27,7 +27,11 @@ pytestmark = pytest.mark.usefixtures("device")
 COMPILED = fusedloss.backend() == "compiled"
 RUN = test_accuracy.RUN
 WEIGHTS = (0.7, 0.3)
-FACTORS = {**test_accuracy.FACTORS, "shape": [*test_accuracy.SHAPES, (3, 0), (40, 400)]}
+FACTORS = {
+    **test_accuracy.FACTORS,
+    "shape": [*test_accuracy.SHAPES, (3, 0), (40, 400)],
+    "subset": [None, "few", "many", "mask"],  # those that the Keras classes take by themselves
+}
 PAIRS = list(AllPairs(list(FACTORS.values()), filter_func=test_accuracy._is_possible))
 
 
@@ -436,5 +440,5 @@ def test_arrays_that_differ_are_refused_by_name():
 def test_the_op_refuses_more_than_two_arrays():
     with pytest.raises(tf.errors.InvalidArgumentError, match="one array, or two .* got 3"):
         _lib.ops().fusedloss_softmax_xent(
-            [tf.zeros([2, 3])] * 3, [0, 1], tf.zeros([0]), tf.zeros([0], tf.int64)
+            [tf.zeros([2, 3])] * 3, [0, 1], tf.zeros([0], tf.int64), tf.zeros([0])
         )

@@ -129,6 +129,27 @@ def test_labels_out_of_range(path, classes, ignore_class, run, device):
     assert np.isfinite(np.delete(gradient, bad, axis=0)).all()
 
 
+@pytest.mark.parametrize("run", RUN.values(), ids=RUN)
+@pytest.mark.parametrize("full_weight", [0.0, 0.2])
+def test_a_candidate_out_of_range(full_weight, run, device):
+    """As a label."""
+    labels, candidates = tf.constant([2, 1, 4]), tf.constant([[0, 2], [1, 9], [-1, 4]])
+    logits = tf.constant(np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32))
+
+    def loss(y, x):
+        return nn.sparse_softmax_xent(y, x, candidates=candidates, full_weight=full_weight)
+
+    step = run(lambda y, x: loss_and_gradient(y, x, loss))
+    if device.startswith("CPU"):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="`candidates`.* 9"):
+            step(labels, logits)
+        return
+    value, gradient = step(labels, logits)
+    np.testing.assert_array_equal(np.isnan(value), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), [False, True, False])
+    assert np.isfinite(gradient[::2]).all()
+
+
 def test_a_subset_that_names_no_class(device):
     """As above, where XLA drops the check that Python adds for a number of classes yet unknown."""
     function = tf.function(

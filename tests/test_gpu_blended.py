@@ -9,7 +9,7 @@ from allpairspy import AllPairs
 
 import test_gpu_kernels as gpu
 import truth
-from test_accuracy import sample
+from test_accuracy import PLAIN, sample
 
 emulator, on_hopper = gpu.emulator, gpu.on_hopper
 WEIGHTS = (0.7, 0.3)
@@ -44,8 +44,8 @@ def blend(predictions, blended):
 def test_every_form_of_blended_predictions_agrees_with_the_truth(emulator, values):
     case = dict(zip(gpu.FACTORS, values, strict=True))
     rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
-    blended, *_ = sample(case, rng)
-    predictions, targets, arguments, cotangents = sample(case, rng)
+    blended, *_ = sample({**PLAIN, **case}, rng)
+    predictions, targets, arguments, cotangents = sample({**PLAIN, **case}, rng)
     emulator.emulate(ctypes.c_int64(case["device"][0]), case["device"][1], case["runs_backwards"])
     exact, exact_gradient, terms, gradient_terms = truth.with_terms(
         blend(predictions, blended), targets, **arguments

@@ -6,6 +6,7 @@ must: see benchmarks/gpu.
 """
 
 import ctypes
+import functools
 import pathlib
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import tensorflow as tf
 from allpairspy import AllPairs
 
 import truth
-from test_accuracy import sample
+from test_accuracy import PLAIN, sample
 
 ROOT = pathlib.Path(__file__).parents[1]
 FORWARD, BACKWARD, REDUCED = range(3)
@@ -40,6 +41,8 @@ FACTORS = {
     "weights": [(1.0, 0.0), (0.8, 0.2)],
     "label_smoothing": [0.0, 0.1],
     "class_weight": [False, True],
+    "temperature": [1.0, 0.6],
+    "z_loss": [0.0, 0.01],
     "ignore_class": [None, -1],
     "device": [HOPPER, OLD],
     "runs_backwards": [False, True],
@@ -50,15 +53,17 @@ class SoftmaxXentArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "rows", "classes", "subset_size", "ignore_class",
-            "from_logits", "normalize_full", "has_ignore_class",
+            "from_logits", "normalize_full", "has_ignore_class", "subset_kind", "mask_negative",
+            "focal",
         )),
         *((name, ctypes.c_double) for name in (
             "subset_weight", "full_weight", "label_smoothing", "epsilon", "scale",
-            "prediction_weight", "blended_weight",
+            "prediction_weight", "blended_weight", "temperature", "z_loss", "softcap", "gamma",
         )),
         *((name, ctypes.c_void_p) for name in (
-            "predictions", "labels32", "labels64", "targets", "class_weight", "subset",
-            "dloss", "row_weight", "loss", "stats", "gradient", "blended", "dblended",
+            "predictions", "labels32", "labels64", "targets", "class_weight", "subset", "mask",
+            "candidates32", "candidates64", "dloss", "row_weight", "loss", "stats", "gradient",
+            "metrics", "blended", "dblended",
         )),
     ]  # fmt: skip
 
@@ -91,7 +96,12 @@ class PenaltyArguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    build = tmp_path_factory.mktemp("emulator")
+    return _built(tmp_path_factory.getbasetemp() / "emulator")
+
+
+@functools.cache  # for all modules that take the fixture from here
+def _built(build):
+    build.mkdir()
     compiler = shutil.which("g++")
     assert compiler, "the package is built with g++"
     sources = [*ROOT.glob("csrc/kernels/*_gpu.cu"), ROOT / "tests/emulated_gpu.cc"]
@@ -159,31 +169,56 @@ class SoftmaxXent:
         self._dtype = predictions.dtype
         self._sums = sums_dtype(self._dtype)
         self._rows, self._classes = predictions.shape
-        subset = options.get("subset")
-        self._rich = any(options.get(key) is not None for key in ("subset", "class_weight"))
-        self._rich = self._rich or options.get("label_smoothing", 0) != 0
-        if subset is not None:
-            subset = np.sort(np.asarray(subset)).astype(np.int64)
-        weight = options.get("class_weight")
         kind = {"int32": "labels32", "int64": "labels64"}.get(str(targets.dtype), "targets")
-        ignored = options.get("ignore_class")
+        pointers = {kind: place(targets)}
+        subset, mask, candidates = (options.get(key) for key in ("subset", "mask", "candidates"))
+        subset_kind, subset_size = 0, 0
+        if subset is not None:
+            subset = np.asarray(subset)
+            ids = np.flatnonzero(subset) if subset.dtype == bool else np.sort(subset)
+            subset_kind, subset_size = 1, len(ids)
+            pointers["subset"] = place(ids.astype(np.int64))
+        elif mask is not None:
+            subset_kind = 2
+            pointers["mask"] = place(np.broadcast_to(mask, predictions.shape))
+        elif candidates is not None:
+            subset_kind, subset_size = 3, candidates.shape[1]
+            name = "candidates32" if candidates.dtype == np.int32 else "candidates64"
+            pointers[name] = place(candidates)
+        has_subset = subset_kind != 0 or options.get("mask_negative_targets", False)
+        alpha, weight = options.get("alpha", 1.0), options.get("class_weight")
+        if np.ndim(alpha):
+            factor = 1.0 if weight is None else weight
+            alpha, weight = 1.0, np.asarray(alpha, np.float64) * factor
+        if weight is not None:
+            pointers["class_weight"] = place(weight.astype(self._sums))
+        ignored, gamma = options.get("ignore_class"), options.get("gamma")
+        self.metrics = None
+        if options.get("metrics", False):
+            self.metrics = self._arrays.output(3 * self._rows, self._sums).reshape(-1, 3)
+            pointers["metrics"] = self.metrics.ctypes.data
         self._arguments = SoftmaxXentArguments(
             rows=self._rows,
             classes=self._classes,
-            subset_size=0 if subset is None else len(subset),
+            subset_kind=subset_kind,
+            subset_size=subset_size,
             from_logits=options.get("from_logits", True),
             normalize_full=options.get("normalize", "subset") == "full",
+            mask_negative=options.get("mask_negative_targets", False),
             has_ignore_class=ignored is not None,
             ignore_class=ignored or 0,
-            subset_weight=options.get("subset_weight", 1.0),
-            full_weight=options.get("full_weight", 0.0),
+            focal=gamma is not None,
+            gamma=gamma or 0.0,
+            subset_weight=alpha * options.get("subset_weight", 1.0),
+            full_weight=alpha * options.get("full_weight", 0.0 if has_subset else 1.0),
             label_smoothing=options.get("label_smoothing", 0.0),
+            temperature=options.get("temperature", 1.0),
+            z_loss=options.get("z_loss", 0.0),
+            softcap=options.get("softcap") or 0.0,
             epsilon=truth.EPSILON,
             scale=1.0,
             predictions=place(predictions),
-            class_weight=None if weight is None else place(weight.astype(self._sums)),
-            subset=None if subset is None else place(subset),
-            **{kind: place(targets)},
+            **pointers,
         )
 
     def _run(self, op, **pointers):
@@ -198,7 +233,8 @@ class SoftmaxXent:
     def general(self, cotangents):
         """The loss of every row, and the gradient for the cotangents, by two ops."""
         loss = self._arrays.output(self._rows, self._sums)
-        stats = self._arrays.output(self._rows * (5 if self._rich else 2), self._sums)
+        stats = self._emulator.softmax_xent_stats(ctypes.byref(self._arguments))
+        stats = self._arrays.output(self._rows * stats, self._sums)
         self._run(FORWARD, loss=loss.ctypes.data, stats=stats.ctypes.data)
         gradient = self._arrays.output(self._rows * self._classes, self._dtype)
         self._run(
@@ -237,6 +273,9 @@ def _is_possible(values):
         return False
     if case.get("targets", "int32")[:3] != "int" and case.get("ignore_class") is not None:
         return False
+    is_warped = case.get("temperature", 1.0) != 1.0 or case.get("z_loss", 0.0) != 0.0
+    if is_warped and not case.get("from_logits", True):
+        return False
     return not (subset == "many" and case.get("shape", (0, 3))[-1] <= 2)
 
 
@@ -244,7 +283,7 @@ def _is_possible(values):
 def test_every_form_agrees_with_the_truth(emulator, values):
     case = dict(zip(FACTORS, values, strict=True))
     rng = np.random.default_rng(zlib.crc32(repr(values).encode()))
-    predictions, targets, arguments, cotangents = sample(case, rng)
+    predictions, targets, arguments, cotangents = sample({**PLAIN, **case}, rng)
     emulator.emulate(ctypes.c_int64(case["device"][0]), case["device"][1], case["runs_backwards"])
     exact, exact_gradient, terms, gradient_terms = truth.with_terms(
         predictions, targets, **arguments

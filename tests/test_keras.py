@@ -11,9 +11,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.losses.loss import reduce_weighted_values
 
 import fusedloss
-from fusedloss import losses, metrics
+from fusedloss import layers, losses, metrics
 
 pytestmark = pytest.mark.usefixtures("device")
 # Products of matrices round to 10 bits in it, and steps that are to agree drift apart.
@@ -62,6 +63,7 @@ def assert_same(ours, theirs, **tolerance):
 
 
 CLASSES = ("CategoricalCrossentropy", "SparseCategoricalCrossentropy")
+FOCAL = "CategoricalFocalCrossentropy"
 REDUCTIONS = ("sum_over_batch_size", "mean", "sum", "mean_with_sample_weight", None)
 # Shape of the predictions, and shapes of weights that Keras takes for them.
 WEIGHTS = {
@@ -76,7 +78,7 @@ WEIGHTS = {
 @pytest.mark.parametrize(
     "shape,weights", [(s, w) for s, weights in WEIGHTS.items() for w in weights], ids=str
 )
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, FOCAL])
 def test_weights_masks_and_reductions_are_kerass(name, shape, weights, recorded):
     targets, predictions = sample(shape, name, from_logits=True)
     rng = np.random.default_rng(1)
@@ -111,6 +113,11 @@ ARGUMENTS = [
     ("SparseCategoricalCrossentropy", {"ignore_class": 2}),
     ("SparseCategoricalCrossentropy", {"ignore_class": 2, "from_logits": True}),
     ("SparseCategoricalCrossentropy", {"ignore_class": -1, "from_logits": True}),
+    (FOCAL, {}),
+    (FOCAL, {"from_logits": True, "alpha": [0.1, 2.0, 0.0, 1.0, 0.5]}),
+    (FOCAL, {"from_logits": True, "gamma": 0.0, "alpha": 1.0}),
+    (FOCAL, {"gamma": 0.5, "label_smoothing": 0.1}),
+    (FOCAL, {"axis": 1, "gamma": 1}),
 ]
 
 
@@ -203,13 +210,37 @@ def test_softmax_outputs_are_walked_back_to_their_logits(name, run):
         )(tf.zeros([2, 3]))
 
 
+@pytest.mark.parametrize("gamma", [0, 0.5, 2])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_focal_form_clips_and_saturates_as_keras(from_logits, gamma):
+    """Probabilities stay what they are: Keras does not look for the logits behind them."""
+    targets, logits = sample((6, 5), FOCAL, from_logits=True)
+    logits *= 60
+    ours, theirs = both(FOCAL, from_logits=from_logits, gamma=gamma)
+
+    def step(loss):
+        def of_logits(y, x, weight):
+            return loss(y, x if from_logits else tf.nn.softmax(x), weight)
+
+        return loss_and_gradient(of_logits, targets, logits)
+
+    assert_same(step(ours), step(theirs))
+    for odd in ([0.0, 0, 0, 0, 1], [0.5, 0.5, 0, 0, 0], [1.0, 1, 1, 1, 1]):
+        results = [
+            loss_and_gradient(loss, targets[:1], np.array([odd], "float32"))
+            for loss in (ours, theirs)
+        ]
+        assert_same(*results, rtol=1e-4)
+
+
 def test_a_single_class_warns_as_in_keras():
-    with pytest.warns(SyntaxWarning, match="single class"):
-        losses.CategoricalCrossentropy()(np.ones([4, 1]), np.ones([4, 1]))
+    for loss in (losses.CategoricalCrossentropy(), losses.CategoricalFocalCrossentropy()):
+        with pytest.warns(SyntaxWarning, match="single class"):
+            loss(np.ones([4, 1]), np.ones([4, 1]))
 
 
 @pytest.mark.parametrize("run", RUN.values(), ids=RUN)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, FOCAL])
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (3, 0, 5)], ids=str)
 def test_an_empty_batch_has_loss_0(name, shape, run):
     targets, predictions = sample(shape, name, from_logits=True)
@@ -311,7 +342,7 @@ def test_the_path_follows_from_what_is_recorded(name):
         assert traced() == (ops if COMPILED else set()), case
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, FOCAL])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_weights_and_dense_targets_have_their_gradient(name, reduction):
     targets, logits = map(tf.constant, sample((6, 5), name, from_logits=True))
@@ -325,6 +356,100 @@ def test_weights_and_dense_targets_have_their_gradient(name, reduction):
             value = loss(targets, logits, weight)
         results.append(tape.gradient(value, watched))
     assert_same(*results)
+
+
+# The forms that Keras does not have, as classes; targets of `p4` for each.
+OWN_FORMS = {
+    "negative targets": losses.CategoricalCrossentropy(True, mask_negative_targets=True),
+    "mixture": losses.CategoricalCrossentropy(
+        True, mask_negative_targets=True, normalize="full", subset_weight=0.8, full_weight=0.2
+    ),
+    "candidates": losses.SparseCategoricalCrossentropy(True, candidates_in_targets=True),
+    "ignoring": losses.SparseCategoricalCrossentropy(
+        True, ignore_class=2, candidates_in_targets=True
+    ),
+    "warped": losses.SparseCategoricalCrossentropy(True, temperature=0.7, z_loss=1e-2, softcap=3.0),
+    "labels, focal": losses.SparseCategoricalCrossentropy(True, gamma=2.0, alpha=0.25),
+}
+
+
+def p4(shape, form, seed=3):
+    """Targets and logits over the last axis of `shape`, and the rows' losses."""
+    rng = np.random.default_rng(seed)
+    logits, labels = (
+        rng.normal(size=shape).astype("float32"),
+        rng.integers(0, shape[-1], shape[:-1]),
+    )
+    arguments = {
+        name: value
+        for name, value in OWN_FORMS[form].get_config().items()
+        if name not in ("reduction", "name", "dtype", "penalty", "candidates_in_targets")
+    }
+    if isinstance(OWN_FORMS[form], losses.CategoricalCrossentropy):
+        targets = np.eye(shape[-1], dtype="float32")[labels]
+        targets[(rng.random(shape) < 0.6) & (targets == 0)] = -1
+        targets[-1] = -1
+        return targets, logits, lambda y, x: fusedloss.nn.softmax_xent(y, x, **arguments)
+    if not OWN_FORMS[form].get_config()["candidates_in_targets"]:
+        return labels, logits, lambda y, x: fusedloss.nn.sparse_softmax_xent(y, x, **arguments)
+    candidates = rng.integers(-1, shape[-1], (*shape[:-1], 3))
+    candidates[..., 1] = labels
+    candidates[0] = -1
+    targets = np.concatenate([labels[..., None], candidates], axis=-1)
+
+    def rows(y, x):
+        return fusedloss.nn.sparse_softmax_xent(y[..., 0], x, candidates=y[..., 1:], **arguments)
+
+    return targets, logits, rows
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 5)], ids=str)
+@pytest.mark.parametrize("form", OWN_FORMS)
+def test_own_forms_are_weighed_masked_and_reduced_as_keras_does(form, shape):
+    """Rows without a class in their subset count in means, ignored ones do not."""
+    targets, logits, rows = p4(shape, form)
+    rng = np.random.default_rng(1)
+    mask = tf.constant(rng.random(shape[:-1]) < 0.7)
+    weight = rng.random(shape[:-1]).astype("float32")
+    for reduction, kept, weights in itertools.product(REDUCTIONS, (None, mask), (None, weight)):
+        config = {**OWN_FORMS[form].get_config(), "reduction": reduction}
+        loss = type(OWN_FORMS[form]).from_config(config)
+
+        def expected(y, x, weights, kept=kept, reduction=reduction):
+            values = rows(y, x)
+            counted = getattr(values, "_keras_mask", None)
+            if kept is not None:
+                counted = kept if counted is None else counted & kept
+            return reduce_weighted_values(values, weights, counted, reduction)
+
+        assert_same(
+            loss_and_gradient(loss, targets, logits, kept, weights),
+            loss_and_gradient(expected, targets, logits, None, weights),
+        )
+
+
+@pytest.mark.parametrize("form", OWN_FORMS)
+def test_own_forms_take_the_training_path(form):
+    targets, logits, _ = p4((6, 5), form)
+
+    def step(y, x):
+        return loss_and_gradient(OWN_FORMS[form], y, x, sample_weight=tf.ones([6]))[1]
+
+    assert ops_in(step, tf.constant(targets), tf.constant(logits)) == (
+        TRAINING if COMPILED else set()
+    )
+    evaluated = ops_in(OWN_FORMS[form], tf.constant(targets), tf.constant(logits))
+    assert evaluated == ({"Fusedloss>SoftmaxXent"} if COMPILED else set())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8"])
+def test_labels_and_candidates_of_every_dtype(dtype):
+    targets, logits, rows = p4((6, 5), "candidates")
+    if dtype == "uint8":  # which has no pads
+        targets = np.abs(targets)
+    loss = OWN_FORMS["candidates"]
+    expected = tf.reduce_mean(rows(targets, logits))
+    np.testing.assert_allclose(loss(targets.astype(dtype), logits), expected, rtol=1e-6)
 
 
 def test_a_traced_step_is_differentiable_in_what_it_did_not_record():
@@ -584,6 +709,132 @@ def test_p2_class_mask(mode):
     )
 
 
+def legal_moves():
+    """Points, one-hot targets with −1 for classes that are not legal, and what is legal."""
+    points, labels, targets = clusters()
+    rng = np.random.default_rng(1)
+    legal = (rng.random(targets.shape) < 0.5) | (targets == 1)
+    legal[::50] = False
+    return points, labels, np.where(legal, targets, -1), legal
+
+
+def naive_legal(targets, logits):
+    legal = targets >= 0
+    rows = keras.losses.categorical_crossentropy(
+        tf.nn.relu(targets), tf.where(legal, logits, -1e9), from_logits=True
+    )
+    return tf.where(tf.reduce_any(legal, axis=-1), rows, 0)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_p4_legal_moves_as_negative_targets(mode):
+    points, _, targets, _ = legal_moves()
+    loss = losses.CategoricalCrossentropy(from_logits=True, mask_negative_targets=True)
+    weights = np.random.default_rng(2).random(len(points))
+    mode = {**mode, "fit": {"sample_weight": weights}}
+    ours, theirs = trained(loss, targets, **mode), trained(naive_legal, targets, **mode)
+    assert_trains_alike(ours, theirs)
+    evaluated = [each[2].evaluate(points, targets, verbose=0) for each in (ours, theirs)]
+    np.testing.assert_allclose(*evaluated, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_p4_candidates_in_the_targets(mode):
+    def naive(targets, logits):
+        targets = tf.cast(targets, tf.int64)
+        label, candidates = targets[:, :1], targets[:, 1:]
+        listed = tf.gather(logits, tf.maximum(candidates, 0), axis=-1, batch_dims=1)
+        listed = tf.where(candidates >= 0, listed, -1e9)
+        hits = tf.cast((candidates == label) & (candidates >= 0), tf.float32)
+        first = hits * tf.cast(tf.cumsum(hits, axis=-1) == 1, tf.float32)
+        return -tf.reduce_sum(first * tf.nn.log_softmax(listed), axis=-1)
+
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True, candidates_in_targets=True)
+    targets = sampled_candidates()
+    assert_trains_alike(trained(loss, targets, **mode), trained(naive, targets, **mode))
+
+
+def sampled_candidates():
+    """Labels, and beside each three candidates; the label may not be one of them."""
+    labels, rng = clusters()[1], np.random.default_rng(1)
+    candidates = rng.integers(-1, 5, (len(labels), 3))
+    candidates[:, 0] = np.where(rng.random(len(labels)) < 0.9, labels, -1)
+    return np.concatenate([labels[:, None], candidates], axis=1)
+
+
+def with_endpoint(loss, targets_shape):
+    """The classifier with its targets and a mask as inputs, and `MaskedCrossentropy` at its end."""
+    keras.utils.set_random_seed(0)
+    features, mask = keras.Input([8], name="features"), keras.Input([5], dtype="bool", name="mask")
+    dtype = "float32" if targets_shape else "int64"
+    targets = keras.Input(targets_shape, dtype=dtype, name="targets")
+    hidden = keras.layers.Dense(16, activation="relu")(features)
+    logits = keras.layers.Dense(5)(hidden)
+    return keras.Model([features, targets, mask], loss(logits, targets, mask))
+
+
+ENDPOINTS = [(True, "graph"), (True, "eager"), (False, "graph"), (False, "xla")]
+
+
+@pytest.mark.parametrize("dense,mode", ENDPOINTS)
+def test_p4_masks_of_the_models_inputs_in_an_endpoint_layer(dense, mode):
+    points, labels, targets, legal = legal_moves()
+    model = with_endpoint(layers.MaskedCrossentropy(), [5] if dense else [])
+    model.compile("sgd", **MODES[mode])
+    inputs = [points, np.maximum(targets, 0) if dense else labels, legal]
+    history = model.fit(inputs, epochs=3, batch_size=64, verbose=0)
+    theirs = trained(naive_legal, targets, **MODES[mode])
+    assert_trains_alike((model.get_weights(), history.history, model), theirs)
+
+
+def test_an_endpoint_layer_predicts_the_softmax_over_what_is_legal(tmp_path):
+    points, labels, _, legal = legal_moves()
+    model = with_endpoint(layers.MaskedCrossentropy(temperature=0.5, name="policy"), [])
+    model.compile("sgd")
+    inputs = [points, labels, legal]
+    shares = model.predict(inputs, verbose=0)
+    logits = keras.Model(model.inputs, model.layers[-1].input[0]).predict(inputs, verbose=0)
+    expected = np.where(legal, np.exp(2 * logits), 0)
+    expected /= np.maximum(expected.sum(-1, keepdims=True), 1e-9)
+    np.testing.assert_allclose(shares, expected, rtol=1e-4)
+    assert not shares[~legal].any()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[-1].get_config() == model.layers[-1].get_config()
+    np.testing.assert_array_equal(loaded.predict(inputs, verbose=0), shares)
+    assert loaded.evaluate(inputs, verbose=0) == model.evaluate(inputs, verbose=0)
+    loaded.fit(inputs, verbose=0)
+
+
+def test_an_endpoint_layer_in_training_is_one_op():
+    _, labels, _, legal = legal_moves()
+    layer = layers.MaskedCrossentropy()
+
+    def step(y, z, mask, weights):
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            layer(z, y, mask, weights)
+            value = layer.losses[0]
+        return value, tape.gradient(value, z)
+
+    logits, weights = tf.random.stateless_normal([256, 5], [0, 1]), tf.linspace(0.0, 1.0, 256)
+    arguments = tf.constant(labels), logits, tf.constant(legal), tf.cast(weights, tf.float32)
+    assert ops_in(step, *arguments) == (TRAINING if COMPILED else set())
+    value, gradient = tf.function(step, autograph=False)(*arguments)
+    rows = fusedloss.nn.sparse_softmax_xent(labels, logits, mask=legal)
+    np.testing.assert_allclose(value, tf.reduce_mean(rows * arguments[-1]), rtol=1e-5)
+    assert not np.any(gradient[~legal])
+
+
+def test_the_focal_form_trains_as_keras_does():
+    targets = clusters()[2]
+    for activation, arguments in (("softmax", {}), (None, {"from_logits": True, "gamma": 1.0})):
+        ours, theirs = both(FOCAL, **arguments)
+        assert_trains_alike(
+            trained(ours, targets, activation), trained(theirs, targets, activation)
+        )
+
+
 @pytest.mark.parametrize("form", ["dense", "integer"])
 def test_p3_subset_as_a_metric(form):
     points, labels, dense = clusters()
@@ -690,6 +941,14 @@ ROUND_TRIPS = [
         subset=np.array([True, False, True, False, True]), class_weight=range(5)
     ),
     losses.SparseCategoricalCrossentropy(True, ignore_class=-1, subset=(0, 2), label_smoothing=0.2),
+    losses.CategoricalCrossentropy(
+        True, mask_negative_targets=True, temperature=0.7, z_loss=1e-4, softcap=30.0
+    ),
+    losses.SparseCategoricalCrossentropy(
+        True, candidates_in_targets=True, gamma=2.0, alpha=np.array([0.25, 1, 1, 1, 1])
+    ),
+    losses.CategoricalFocalCrossentropy([0.25, 0.5, 1, 1, 1], 1.5, label_smoothing=0.1, axis=1),
+    losses.CategoricalFocalCrossentropy(subset=[0, 2], subset_weight=0.8, full_weight=0.2),
     metrics.SubsetAccuracy([1, 0, 1, 0, 1], name="part", dtype="float32"),
 ]
 
@@ -701,6 +960,32 @@ def test_config_round_trips(instance):
     assert type(revived) is type(instance)
     assert revived.get_config() == instance.get_config()
     assert type(instance).from_config(instance.get_config()).get_config() == instance.get_config()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_configs_of_the_first_version_are_read(name):
+    """Files of a model hold them, without what has come since."""
+    loss = getattr(losses, name)(True, subset=[0, 2], subset_weight=0.8, full_weight=0.2)
+    later = ("mask_negative_targets", "candidates_in_targets", "temperature", "z_loss", "softcap")
+    config = {
+        key: value
+        for key, value in loss.get_config().items()
+        if key not in (*later, "gamma", "alpha")
+    }
+    assert getattr(losses, name).from_config(config).get_config() == loss.get_config()
+
+
+@pytest.mark.parametrize("form", ["negative targets", "candidates"])
+def test_p4_saves_and_loads(form, tmp_path):
+    points, _, targets, _ = legal_moves()
+    targets = targets if form == "negative targets" else sampled_candidates()
+    model = classifier()
+    model.compile("sgd", loss=OWN_FORMS[form])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.loss.get_config() == OWN_FORMS[form].get_config()
+    assert loaded.evaluate(points, targets, verbose=0) == model.evaluate(points, targets, verbose=0)
+    loaded.fit(points, targets, verbose=0)
 
 
 def test_keras_files_keep_the_loss_and_the_metric(tmp_path):
@@ -740,7 +1025,8 @@ def run_python(device, *arguments):
 # Classes of its tests; the third name stands for that of labels as well.
 KERAS_OWN = (
     "HuberLossTest", "BinaryCrossentropyTest", "CategoricalCrossentropyTest",
-    "MeanSquaredErrorTest", "MeanAbsoluteErrorTest", "LogCoshTest",
+    "CategoricalFocalCrossentropyTest", "MeanSquaredErrorTest", "MeanAbsoluteErrorTest",
+    "LogCoshTest",
 )  # fmt: skip
 
 
@@ -798,4 +1084,22 @@ for reduction, sample_weight in (
         single = train(fusedloss.losses, tf.distribute.get_strategy(), reduction, sample_weight)
         for our, one in zip(ours, single):
             np.testing.assert_allclose(our, one, rtol=1e-4, atol=1e-6)
+
+
+def endpoint(strategy):
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input([8]), keras.Input([], dtype="int64"), keras.Input([5], dtype="int8")
+        legal = inputs[2] != 0  # Keras adds up the inputs of replicas, which booleans are not for.
+        logits = keras.layers.Dense(5)(inputs[0])
+        shares = fusedloss.layers.MaskedCrossentropy()(logits, inputs[1], legal)
+        model = keras.Model(inputs, shares)
+        model.compile("sgd")
+    mask = (np.arange(320).reshape(64, 5) * 7 % 3 > 0).astype("int8")
+    history = model.fit([points, labels, mask], batch_size=16, verbose=0)
+    return [*model.get_weights(), np.array(history.history["loss"])]
+
+
+for our, one in zip(endpoint(mirrored), endpoint(tf.distribute.get_strategy())):
+    np.testing.assert_allclose(our, one, rtol=1e-4, atol=1e-6)
 """

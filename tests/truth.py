@@ -19,81 +19,239 @@ ODD_PROBABILITIES = {
 }
 
 
+class SoftmaxRows:
+    """Scores, subsets and targets of rows, in long double.
+
+    A subset is a list of places, each with a class: all classes in order, or the candidates of the
+    row. A place that is not `listed` is not there.
+
+    Attributes:
+      predictions, scores: `[rows, classes]`; scores are logits or their like, None if there are
+        none: from probabilities and dense targets.
+      slope: derivative of the scores in the predictions; `steepest`, without that of the softcap.
+      counted: `[rows]`, whether the label is not the ignored one.
+      subset, everything: each `(classes, listed, targets)` of `[rows, places]`; subset may be None.
+      normalizer: that of the two over which the subset's softmax runs.
+      inside: `[rows]`, whether there is a target in the subset.
+    """
+
+    def __init__(
+        self,
+        predictions,
+        targets,
+        *,
+        from_logits=True,
+        ignore_class=None,
+        subset=None,
+        mask=None,
+        candidates=None,
+        mask_negative_targets=False,
+        normalize="subset",
+        temperature=1.0,
+        softcap=None,
+    ):
+        x = np.asarray(predictions).astype(np.longdouble)
+        self.predictions = x = x.reshape(-1, x.shape[-1])
+        rows, classes = x.shape
+        targets = np.asarray(targets)
+        sparse = targets.dtype.kind == "i"
+        targets = targets.reshape(rows, -1)
+        self._set_scores(sparse, from_logits, np.longdouble(temperature), softcap)
+
+        self.counted = np.ones(rows, bool)
+        if sparse and ignore_class is not None:
+            self.counted = targets[:, 0] != ignore_class
+        all_classes = np.broadcast_to(np.arange(classes), x.shape)
+        ids, listed = all_classes, np.ones(x.shape, bool)
+        if candidates is not None:
+            candidates = np.asarray(candidates).reshape(rows, -1)
+            ids, listed = np.maximum(candidates, 0), candidates >= 0
+        elif mask is not None:
+            mask = np.broadcast_to(mask, np.shape(predictions))
+            listed = mask.reshape(x.shape)
+        elif subset is not None:
+            subset = np.asarray(subset)
+            chosen = np.flatnonzero(subset) if subset.dtype == bool else subset
+            listed = np.isin(all_classes, chosen)
+        if sparse:
+            hits = listed & (ids == targets)
+            y = hits & (np.cumsum(hits, axis=-1) == 1)
+            y_all = (all_classes == targets) & self.counted[:, None]
+        else:
+            y = np.where(listed | (candidates is None), targets, 0)
+            if mask_negative_targets:
+                listed, y = listed & ~(y < 0), np.where(y < 0, 0, y)
+            y_all = self.of_classes(ids, y)
+            y = np.where(listed, y, 0)
+        y, y_all = (each.astype(np.longdouble) for each in (y, y_all))
+        self.everything = all_classes, np.ones(x.shape, bool), y_all
+        self.subset, self.inside = None, self.counted
+        if not (subset is None and mask is None and candidates is None):
+            self.subset = ids, listed, y
+        if mask_negative_targets:
+            self.subset = ids, listed, y
+        if self.subset is not None:
+            self.inside = self.counted & (y.sum(-1) != 0)
+        over_all = self.subset is None or normalize == "full"
+        self.normalizer = self.everything if over_all else self.subset
+
+    def _set_scores(self, sparse, from_logits, temperature, softcap):
+        x, one = self.predictions, np.ones_like(self.predictions)
+        self.scores, self.slope, self.steepest = None, one, one
+        if from_logits:
+            self.scores, self.slope = x, one
+            if softcap is not None:
+                ratio = np.tanh(x / np.longdouble(softcap))
+                self.scores, self.slope = softcap * ratio, 1 - ratio * ratio
+            if temperature != 1:
+                self.scores, self.slope = self.scores / temperature, self.slope / temperature
+                self.steepest = one / temperature
+        elif sparse:
+            self.scores = np.log(np.clip(x, EPSILON, 1 - EPSILON))
+            within = (x >= EPSILON) & (x <= 1 - EPSILON)
+            self.slope = np.where(within, 1 / np.maximum(x, EPSILON), 0)
+            self.steepest = self.slope
+
+    def of_classes(self, ids, values):
+        """Sums the values of places, `[rows, places]`, over those of the same class."""
+        if ids.shape == self.predictions.shape and (ids == np.arange(ids.shape[-1])).all():
+            return values
+        sums = np.zeros(self.predictions.shape, np.longdouble)
+        np.add.at(sums, (np.arange(len(ids))[:, None], ids), values)
+        return sums
+
+
+def _at(values, ids, listed, otherwise):
+    return np.where(listed, np.take_along_axis(values, ids, axis=-1), otherwise)
+
+
+@np.errstate(divide="ignore", invalid="ignore")  # −Inf − −Inf, in rows that do not count
 def with_terms(
     predictions,
     targets,
     *,
-    from_logits=True,
-    ignore_class=None,
-    subset=None,
-    normalize="subset",
     subset_weight=1.0,
     full_weight=0.0,
     label_smoothing=0.0,
     class_weight=None,
+    z_loss=0.0,
+    gamma=None,
+    alpha=1.0,
+    **arguments,
 ):
-    """`softmax_xent`, and the largest of the terms whose differences loss and gradient are."""
-    x = np.asarray(predictions).astype(np.longdouble)
-    classes = x.shape[-1]
-    everything = np.arange(classes)
-    sparse = np.asarray(targets).dtype.kind == "i"
-    counted = np.ones(x.shape[:-1], bool)
-    if sparse:
-        if ignore_class is not None:
-            counted = targets != ignore_class
-        y = np.where(counted, targets, 0)[..., None] == everything
-    else:
-        y = np.asarray(targets)
-    y = y.astype(np.longdouble)
-    weights = np.ones(classes) if class_weight is None else np.asarray(class_weight)
-    smoothing = np.longdouble(label_smoothing)
-    families = [(1.0, everything, everything, counted)]
-    if subset is not None:
-        subset = np.asarray(subset)
-        ids = np.flatnonzero(subset) if subset.dtype == bool else np.sort(subset)
-        over = ids if normalize == "subset" else everything
-        inside = counted & (y[..., ids].sum(-1) != 0)
-        full = (full_weight, everything, everything, counted)
-        families = [(subset_weight, ids, over, inside), full]
+    """`softmax_xent`, and the largest of the terms whose differences loss and gradient are.
 
-    loss, gradient = np.zeros(x.shape[:-1], x.dtype), np.zeros_like(x)
-    loss_terms, gradient_terms = np.zeros_like(x), np.zeros_like(x)
-    for weight, family, over, rows in families:
-        in_family, in_over = np.isin(everything, family), np.isin(everything, over)
-        shares = np.where(
-            in_family, weights * (y * (1 - smoothing) + smoothing / max(1, len(family))), 0
-        )
-        total = shares.sum(-1, keepdims=True)
-        if from_logits or sparse:
-            z, slope = x, np.ones_like(x)
-            if not from_logits:
-                z = np.log(np.clip(x, EPSILON, 1 - EPSILON))
-                slope = np.where((x >= EPSILON) & (x <= 1 - EPSILON), 1 / np.maximum(x, EPSILON), 0)
-            peak = np.max(z, axis=-1, where=in_over, initial=-np.inf, keepdims=True)
-            power = np.where(in_over, np.exp(z - peak), 0)
+    The focal form is that of a `gamma` that is a number, 0 included.
+    """
+    shape = np.shape(predictions)
+    if 0 in shape:
+        return np.zeros(shape[:-1], np.longdouble), np.zeros(shape, np.longdouble), 0, 0
+    rows = SoftmaxRows(predictions, targets, **arguments)
+    classes = shape[-1]
+    of_all, weights = (1, alpha) if np.ndim(alpha) else (alpha, np.ones(classes))
+    weights = np.asarray(weights).astype(np.longdouble)
+    weights = weights if class_weight is None else weights * np.asarray(class_weight)
+    weights = np.broadcast_to(weights, rows.predictions.shape)
+    smoothing = np.longdouble(label_smoothing)
+    families = [(1.0, rows.everything, rows.everything, rows.counted)]
+    if rows.subset is not None:
+        families = [
+            (subset_weight, rows.subset, rows.normalizer, rows.inside),
+            (full_weight, rows.everything, rows.everything, rows.counted),
+        ]
+    loss, gradient = np.zeros(len(rows.counted), np.longdouble), np.zeros_like(rows.predictions)
+    loss_terms, gradient_terms = np.zeros_like(loss), np.zeros_like(gradient)
+    for weight, (ids, listed, y), (over, in_over, _), counted in families:
+        size = np.maximum(1, listed.sum(-1, keepdims=True))
+        y = y * (1 - smoothing) + smoothing / size
+        shares = np.where(listed, y * _at(weights, ids, listed, 0), 0)
+        if rows.scores is not None:
+            s, s_over = _at(rows.scores, ids, listed, 0), _at(rows.scores, over, in_over, -np.inf)
+            peak = s_over.max(-1, keepdims=True)
+            power = np.where(in_over, np.exp(s_over - peak), 0)
             sum_over = power.sum(-1, keepdims=True)
-            nats = np.log(sum_over) - (z - peak)
-            pull = (total * power / sum_over - shares) * slope
-            loss_terms += weight * shares * np.abs(z - (peak if from_logits else 0))
-            gradient_terms += weight * shares * slope
+            q, of_over = np.exp(s - peak) / sum_over, power / sum_over
+            nats = np.log(sum_over) - (s - peak)
+            # Logits as they are given are exact; warped, or logarithms, they have been rounded.
+            sizes = np.abs(s - (peak if rows.scores is rows.predictions else 0))
         else:
-            sum_over = np.where(in_over, x, 0).sum(-1, keepdims=True)
-            q = x / sum_over
+            p_over = _at(rows.predictions, over, in_over, 0)
+            sum_over = p_over.sum(-1, keepdims=True)
+            q, of_over = _at(rows.predictions, ids, listed, 0) / sum_over, in_over / sum_over
+        if rows.scores is None or gamma is not None:
             clipped = np.clip(q, EPSILON, 1 - EPSILON)
-            nats = -np.log(clipped)
-            dq = np.where(clipped == q, -shares / clipped, 0)
-            pull = (dq - np.where(in_over, (dq * q).sum(-1, keepdims=True), 0)) / sum_over
-            loss_terms += weight * shares * np.abs(np.log(clipped))
-            gradient_terms += weight * np.abs(dq) / sum_over
+            nats, dq = -np.log(clipped), 1 / clipped
+            if gamma is not None:
+                exponent = np.longdouble(gamma)
+                rest = (1 - clipped) ** exponent
+                dq = rest / clipped + exponent * (1 - clipped) ** (exponent - 1) * nats
+                nats = rest * nats
+            sizes = np.maximum(nats, dq * clipped)  # for what an error of q makes of the loss
+            dq = np.where(clipped == q, -shares * dq, 0)
+            pull = np.where(listed, dq * (1 / sum_over if rows.scores is None else q), 0)
+            pull_over = -np.where(listed, dq * q, 0).sum(-1, keepdims=True) * of_over
+            gradient_sizes = np.abs(pull)
+        else:
+            pull, pull_over = -shares, shares.sum(-1, keepdims=True) * of_over
+            gradient_sizes = np.abs(shares)
         part = np.where(shares != 0, shares * nats, 0).sum(-1)
-        loss += np.where(rows, weight * part, 0)
-        gradient += np.where(rows[..., None], weight * pull, 0)
-    return loss, gradient, loss_terms.max(initial=0), gradient_terms.max(initial=0)
+        largest = np.where(shares != 0, np.abs(shares) * sizes, 0).max(-1, initial=0)
+        if z_loss:
+            lse = peak + np.log(sum_over)
+            part = part + z_loss * lse[:, 0] ** 2
+            pull_over = pull_over + 2 * z_loss * lse * of_over
+            spread = np.maximum(np.abs(peak), np.abs(np.log(sum_over)))
+            largest = largest + 2 * z_loss * (np.abs(lse) * spread)[:, 0]
+            gradient_sizes = gradient_sizes + 2 * z_loss * spread
+        pull = rows.of_classes(over, pull_over) + rows.of_classes(ids, pull)
+        gradient_sizes = rows.of_classes(ids, np.where(listed, gradient_sizes, 0))
+        weight = weight * of_all
+        loss += np.where(counted, weight * part, 0)
+        gradient += np.where(counted[:, None], weight * pull * rows.slope, 0)
+        loss_terms += np.where(counted, weight * largest, 0)
+        gradient_terms += np.where(counted[:, None], weight * gradient_sizes * rows.steepest, 0)
+    return (
+        loss.reshape(shape[:-1]),
+        gradient.reshape(shape),
+        loss_terms.max(initial=0),
+        gradient_terms.max(initial=0),
+    )
 
 
 def softmax_xent(predictions, targets, **arguments):
     """Loss `[...]` and its gradient `[..., classes]` row by row, for labels or dense targets."""
     return with_terms(predictions, targets, **arguments)[:2]
+
+
+def softmax_xent_metrics(predictions, targets, **arguments):
+    """Rank, entropy and log-sum-exp of each row, `[..., 3]`.
+
+    Args:
+      arguments: those of `SoftmaxRows`; what else a loss is made of does not matter here.
+    """
+    shape = np.shape(predictions)
+    found = np.zeros((int(np.prod(shape[:-1])), 3), np.longdouble)
+    found[:, 0] = -1
+    if 0 not in shape:
+        rows = SoftmaxRows(predictions, targets, **arguments)
+        scores = rows.predictions if rows.scores is None else rows.scores
+        ids, listed, y = rows.everything if rows.subset is None else rows.subset
+        over, in_over, _ = rows.normalizer
+        for row in np.flatnonzero(rows.inside):
+            places = np.flatnonzero(listed[row])
+            z = rows.predictions[row, ids[row, places]]
+            own = np.argmax(y[row, places])
+            rank = (z > z[own]).sum() + (z[:own] == z[own]).sum()
+            s = scores[row, over[row, in_over[row]]]
+            if rows.scores is None:
+                log_sum_exp = np.log(s.sum())
+                q = s / s.sum()
+            else:
+                log_sum_exp = s.max() + np.log(np.exp(s - s.max()).sum())
+                q = np.exp(s - log_sum_exp)
+            q = q[q != 0]
+            found[row] = rank, -(q * np.log(q)).sum(), log_sum_exp
+    return found.reshape(*shape[:-1], 3)
 
 
 def pointwise(

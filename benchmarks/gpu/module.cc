@@ -77,8 +77,8 @@ T* Read(const py::object& array, const char* name, const Shape& expected) {
   return DeviceArray(array, name).As<T>(TypesOf<std::remove_const_t<T>>(), expected);
 }
 
-// The arguments that all passes of softmax_xent share; `form` holds class_weight, subset and the
-// options.
+// The arguments that all passes of softmax_xent share; `form` holds class_weight, what S is made
+// of, the options, and metrics if they are wanted.
 template <typename T>
 SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& targets,
                             const py::kwargs& form) {
@@ -89,14 +89,7 @@ SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& tar
   args.rows = scores.shape[0];
   args.classes = scores.shape[1];
   args.predictions = scores.As<const T>(TypesOf<T>(), scores.shape);
-  DeviceArray wanted(targets, "targets");
-  if (wanted.Is({"<i4"})) {
-    args.labels32 = wanted.As<const int32_t>({"<i4"}, {args.rows});
-  } else if (wanted.Is({"<i8"})) {
-    args.labels64 = wanted.As<const int64_t>({"<i8"}, {args.rows});
-  } else {
-    args.targets = wanted.As<const A>(TypesOf<A>(), scores.shape);
-  }
+  args.options.full_weight = 0;
   for (std::pair<py::handle, py::handle> item : form) {
     std::string name = item.first.cast<std::string>();
     py::object given = py::reinterpret_borrow<py::object>(item.second);
@@ -107,8 +100,24 @@ SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& tar
       args.class_weight = Read<const A>(given, "class_weight", {args.classes});
     } else if (name == "subset") {
       DeviceArray ids(given, "subset");
+      args.subset_kind = SubsetKind::kIds;
       args.subset_size = ids.shape.at(0);
       args.subset = ids.As<const int64_t>({"<i8"}, {args.subset_size});
+    } else if (name == "mask") {
+      args.subset_kind = SubsetKind::kMask;
+      args.mask = DeviceArray(given, "mask").As<const bool>({"|b1"}, scores.shape);
+    } else if (name == "candidates") {
+      DeviceArray ids(given, "candidates");
+      args.subset_kind = SubsetKind::kCandidates;
+      args.subset_size = ids.shape.at(1);
+      const Shape shape{args.rows, args.subset_size};
+      if (ids.Is({"<i4"})) {
+        args.candidates32 = ids.As<const int32_t>({"<i4"}, shape);
+      } else {
+        args.candidates64 = ids.As<const int64_t>({"<i8"}, shape);
+      }
+    } else if (name == "metrics") {
+      args.metrics = Read<A>(given, "metrics", {args.rows, 3});
     } else if (name == "ignore_class") {
       options.has_ignore_class = true;
       options.ignore_class = given.cast<int64_t>();
@@ -122,9 +131,31 @@ SoftmaxXentArgs<T> ReadArgs(const py::object& predictions, const py::object& tar
       options.full_weight = given.cast<double>();
     } else if (name == "label_smoothing") {
       options.label_smoothing = given.cast<double>();
+    } else if (name == "mask_negative_targets") {
+      options.mask_negative = given.cast<bool>();
+    } else if (name == "temperature") {
+      options.temperature = given.cast<double>();
+    } else if (name == "z_loss") {
+      options.z_loss = given.cast<double>();
+    } else if (name == "softcap") {
+      options.softcap = given.cast<double>();
+    } else if (name == "gamma") {
+      options.focal = true;
+      options.gamma = given.cast<double>();
     } else {
       throw py::type_error("unknown argument " + name);
     }
+  }
+  if (!HasSubset(args)) args.options.full_weight = 1;
+  DeviceArray wanted(targets, "targets");
+  if (wanted.Is({"<i4"})) {
+    args.labels32 = wanted.As<const int32_t>({"<i4"}, {args.rows});
+  } else if (wanted.Is({"<i8"})) {
+    args.labels64 = wanted.As<const int64_t>({"<i8"}, {args.rows});
+  } else {
+    const bool listed = args.subset_kind == SubsetKind::kCandidates;
+    args.targets = wanted.As<const A>(TypesOf<A>(),
+                                      listed ? Shape{args.rows, args.subset_size} : scores.shape);
   }
   return args;
 }

@@ -96,10 +96,11 @@ def check(kernels, seed, sanitized):
     import check as checks
     import check_features
     import check_pointwise
+    import check_subsets
 
     reference = "cpu" if sanitized else "cuda"
     report = checks.check_all(kernels, seed, "cuda", reference, sanitized)
-    for of_others in (check_pointwise, check_features):
+    for of_others in (check_subsets, check_pointwise, check_features):
         of_others.check_all(report, kernels, seed, "cuda", reference, sanitized)
     counts = ", ".join(f"{count} {group}" for group, count in report.counts.items())
     print(f"Checked (seed {seed}): {counts}.")

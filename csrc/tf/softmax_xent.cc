@@ -18,7 +18,7 @@ struct Places {
   Places(int predictions, const Attributes& attributes)
       : predictions(predictions), parts(static_cast<int>(attributes.Int("parts"))) {}
   const int predictions, parts;  // one array, or two that are blended
-  const int targets = predictions + parts, class_weight = targets + 1, subset = targets + 2;
+  const int targets = predictions + parts, subset = targets + 1, class_weight = targets + 2;
   const int next = targets + 3;
 };
 
@@ -26,12 +26,27 @@ bool IsLabels(DataType dtype) {
   return dtype == tensorflow::DT_INT32 || dtype == tensorflow::DT_INT64;
 }
 
+SubsetKind KindOfSubset(const Attributes& attributes) {
+  const std::string& kind = attributes.String("subset_kind");
+  return kind == "ids"          ? SubsetKind::kIds
+         : kind == "mask"       ? SubsetKind::kMask
+         : kind == "candidates" ? SubsetKind::kCandidates
+                                : SubsetKind::kAll;
+}
+
 std::vector<std::string> InputShapes(const Attributes& attributes) {
-  std::string targets = IsLabels(attributes.Type("Targets")) ? "..." : "... classes";
+  const SubsetKind kind = KindOfSubset(attributes);
+  std::string targets = "... classes", subset = "subset: subset_size";
+  if (kind == SubsetKind::kAll) subset = "subset: 0";
+  if (kind == SubsetKind::kMask) subset = "mask: ... classes";
+  if (kind == SubsetKind::kCandidates) {
+    targets = "... candidates";
+    subset = "candidates: " + targets;
+  }
+  if (IsLabels(attributes.Type("Targets"))) targets = "...";
   std::vector<std::string> shapes{"predictions: ... classes"};
   shapes.insert(shapes.end(), attributes.Int("parts") - 1, "blended predictions: ... classes");
-  shapes.insert(shapes.end(),
-                {"targets: " + targets, "class_weight: classes | 0", "subset: subset_size"});
+  shapes.insert(shapes.end(), {"targets: " + targets, subset, "class_weight: classes | 0"});
   return shapes;
 }
 
@@ -42,17 +57,44 @@ std::vector<std::string> GradientShapes(const Attributes& attributes,
   return before;
 }
 
-// As SoftmaxXentStats, as far as it is known.
+SoftmaxXentOptions ReadOptions(const Attributes& attributes) {
+  SoftmaxXentOptions options;
+  options.from_logits = attributes.Bool("from_logits");
+  options.normalize_full = attributes.Bool("normalize_full");
+  options.mask_negative = attributes.Bool("mask_negative");
+  options.has_ignore_class = attributes.Bool("has_ignore_class");
+  options.ignore_class = attributes.Int("ignore_class");
+  options.subset_weight = attributes.Number("subset_weight");
+  options.full_weight = attributes.Number("full_weight");
+  options.label_smoothing = attributes.Number("label_smoothing");
+  options.epsilon = attributes.Number("epsilon");
+  options.temperature = attributes.Number("temperature");
+  options.z_loss = attributes.Number("z_loss");
+  options.softcap = attributes.Number("softcap");
+  options.focal = attributes.Bool("focal");
+  options.gamma = attributes.Number("gamma");
+  return options;
+}
+
 std::string StatsShape(const Places& at, const Attributes& attributes,
                        const InputElements& elements) {
-  int64_t weights = elements(at.class_weight), subset = elements(at.subset);
-  if (weights > 0 || subset > 0 || attributes.Number("label_smoothing") != 0) return "... 5";
-  return weights == 0 && subset == 0 ? "... 2" : "... stats";
+  const int64_t weights = elements(at.class_weight);
+  const float any = 1;
+  SoftmaxXentArgs<float> args{};
+  args.subset_kind = KindOfSubset(attributes);
+  args.options = ReadOptions(attributes);
+  const int without_weights = SoftmaxXentStats(args);
+  args.class_weight = &any;
+  const int with_weights = SoftmaxXentStats(args);
+  if (weights < 0 && with_weights != without_weights) return "... stats";
+  return absl::StrCat("... ", weights == 0 ? without_weights : with_weights);
 }
 
 Shapes ForwardShapes(const Attributes& attributes, const InputElements& elements) {
   const Places at(kForward, attributes);
-  return {InputShapes(attributes), {"...", StatsShape(at, attributes, elements)}};
+  Shapes shapes{InputShapes(attributes), {"...", StatsShape(at, attributes, elements)}};
+  shapes.outputs.insert(shapes.outputs.end(), attributes.Int("metrics"), "... 3");
+  return shapes;
 }
 
 Shapes GradShapes(const Attributes& attributes, const InputElements& elements) {
@@ -66,7 +108,9 @@ Shapes GradShapes(const Attributes& attributes, const InputElements& elements) {
 Shapes ReducedShapes(const Attributes& attributes, const InputElements&) {
   std::vector<std::string> shapes = InputShapes(attributes);
   shapes.push_back("row_weight: ... | 0");
-  return {shapes, GradientShapes(attributes, {""})};
+  std::vector<std::string> outputs = GradientShapes(attributes, {""});
+  outputs.insert(outputs.end(), attributes.Int("metrics"), "... 3");
+  return {shapes, outputs};
 }
 
 template <int kPredictions>
@@ -135,24 +179,61 @@ absl::Status ReadArgs(const OpCall& call, const Places& at, SoftmaxXentArgs<T>* 
     default:
       args->targets = call.Input<A>(at.targets);
   }
+  // Dense targets of no candidates have no memory.
+  static constexpr A kNone = 0;
+  if (!IsLabels(targets) && args->targets == nullptr) args->targets = &kNone;
   args->class_weight = call.InputOrNull<A>(at.class_weight);
-  args->subset = call.InputOrNull<int64_t>(at.subset);
-  args->subset_size = call.input(at.subset).dims[0];
+  const OpCall::Buffer& subset = call.input(at.subset);
+  args->subset_kind = KindOfSubset(call.attributes);
+  args->subset_size = subset.dims.back();
+  args->subset = nullptr;
+  args->mask = nullptr;
+  args->candidates32 = nullptr;
+  args->candidates64 = nullptr;
+  const bool is_mask = args->subset_kind == SubsetKind::kMask;
+  const bool is_of_candidates = args->subset_kind == SubsetKind::kCandidates;
+  if (is_mask != (subset.dtype == tensorflow::DT_BOOL) ||
+      (!is_of_candidates && subset.dtype == tensorflow::DT_INT32)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a subset must be int64 class ids, a boolean mask, or int32 or int64 candidates; got ",
+        tensorflow::DataTypeString(subset.dtype), " for '", call.attributes.String("subset_kind"),
+        "'"));
+  }
+  if (is_mask) {
+    args->mask = call.Input<bool>(at.subset);
+  } else if (!is_of_candidates) {
+    args->subset = call.InputOrNull<int64_t>(at.subset);
+  } else if (subset.dtype == tensorflow::DT_INT32) {
+    args->candidates32 = call.Input<int32_t>(at.subset);
+  } else {
+    args->candidates64 = call.Input<int64_t>(at.subset);
+  }
+  args->metrics = nullptr;
   const Attributes& attributes = call.attributes;
   args->blend[0] = attributes.Number("prediction_weight");
   args->blend[1] = attributes.Number("blended_weight");
-  args->options = {attributes.Bool("from_logits"),       attributes.Bool("normalize_full"),
-                   attributes.Bool("has_ignore_class"),  attributes.Int("ignore_class"),
-                   attributes.Number("subset_weight"),   attributes.Number("full_weight"),
-                   attributes.Number("label_smoothing"), attributes.Number("epsilon")};
+  args->options = ReadOptions(attributes);
+  if (args->options.mask_negative && IsLabels(targets)) {
+    return absl::InvalidArgumentError("`mask_negative` needs dense `targets`; got labels");
+  }
   // The host cannot read a GPU's memory: there the kernels answer a bad subset with NaN.
-  return call.cpu ? CheckSubset(*args) : absl::OkStatus();
+  return call.cpu && args->subset ? CheckSubset(*args) : absl::OkStatus();
 }
 
+// Says what is wrong with the row that a kernel has found.
 template <typename T>
-auto LabelCheck(const SoftmaxXentArgs<T>& args) {
+auto RowCheck(const SoftmaxXentArgs<T>& args) {
   return [&args](int64_t bad_row) -> absl::Status {
     if (bad_row < 0) return absl::OkStatus();
+    for (int64_t k = 0; args.subset_kind == SubsetKind::kCandidates && k < args.subset_size; ++k) {
+      const int64_t at = bad_row * args.subset_size + k;
+      const int64_t id = args.candidates32 ? args.candidates32[at] : args.candidates64[at];
+      if (id >= -1 && id < args.classes) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          "`candidates` holds ", id, " at place ", k, " of row ", bad_row,
+          " (of the flattened rows), but there are ", args.classes, " classes: ids lie in [0, ",
+          args.classes, "), and -1 stands for no candidate."));
+    }
     int64_t label = args.labels32 ? args.labels32[bad_row] : args.labels64[bad_row];
     return absl::InvalidArgumentError(
         absl::StrCat("`labels` holds ", label, " at position ", bad_row,
@@ -166,11 +247,12 @@ absl::Status Forward(const OpCall& call) {
   SoftmaxXentArgs<T> args;
   TF_RETURN_IF_ERROR(ReadArgs(call, Places(kForward, call.attributes), &args));
   using A = Accumulator<T>;
+  if (call.attributes.Int("metrics") > 0) args.metrics = call.Output<A>(2);
   return call.Run(
       [&](const auto& device) {
         return SoftmaxXent<T>(device, args, call.Output<A>(0), call.Output<A>(1));
       },
-      LabelCheck(args));
+      RowCheck(args));
 }
 
 template <typename T>
@@ -185,7 +267,7 @@ absl::Status Grad(const OpCall& call) {
         return SoftmaxXentGrad<T>(device, args, call.Input<A>(0), call.Input<A>(at.next),
                                   call.Output<T>(0));
       },
-      LabelCheck(args));
+      RowCheck(args));
 }
 
 template <typename T>
@@ -195,6 +277,7 @@ absl::Status Reduced(const OpCall& call) {
   TF_RETURN_IF_ERROR(ReadArgs(call, at, &args));
   if (args.blended) args.dblended = call.Output<T>(2);
   using A = Accumulator<T>;
+  if (call.attributes.Int("metrics") > 0) args.metrics = call.Output<A>(1 + at.parts);
   double divisor = 1;
   if (call.attributes.String("reduction") == "mean") {
     divisor = static_cast<double>(args.rows) * call.attributes.Int("replicas");
@@ -204,36 +287,46 @@ absl::Status Reduced(const OpCall& call) {
         return SoftmaxXentReduced<T>(device, args, call.InputOrNull<A>(at.next), 1 / divisor,
                                      call.Output<A>(0), call.Output<T>(1));
       },
-      LabelCheck(args));
+      RowCheck(args));
 }
 
 constexpr RunFn kRunReduced = FUSEDLOSS_FOR_DTYPE(Reduced, kReduced);
 
 }  // namespace
 
-#define FUSEDLOSS_SOFTMAX_XENT_ATTRS                  \
-  Attr("parts: int >= 1 = 1")                         \
-      .Attr("T: {float, double, half, bfloat16}")     \
-      .Attr("A: {float, double}")                     \
-      .Attr("Targets: {int32, int64, float, double}") \
-      .Attr("from_logits: bool = true")               \
-      .Attr("normalize_full: bool = false")           \
-      .Attr("has_ignore_class: bool = false")         \
-      .Attr("ignore_class: int = 0")                  \
-      .Attr("subset_weight: string = '1'")            \
-      .Attr("full_weight: string = '0'")              \
-      .Attr("label_smoothing: string = '0'")          \
-      .Attr("epsilon: string = '1e-7'")               \
-      .Attr("prediction_weight: string = '1'")        \
+#define FUSEDLOSS_SOFTMAX_XENT_ATTRS                                     \
+  Attr("parts: int >= 1 = 1")                                            \
+      .Attr("T: {float, double, half, bfloat16}")                        \
+      .Attr("A: {float, double}")                                        \
+      .Attr("Targets: {int32, int64, float, double}")                    \
+      .Attr("Subset: {bool, int32, int64} = DT_INT64")                   \
+      .Attr("subset_kind: {'all', 'ids', 'mask', 'candidates'} = 'all'") \
+      .Attr("from_logits: bool = true")                                  \
+      .Attr("normalize_full: bool = false")                              \
+      .Attr("mask_negative: bool = false")                               \
+      .Attr("has_ignore_class: bool = false")                            \
+      .Attr("ignore_class: int = 0")                                     \
+      .Attr("subset_weight: string = '1'")                               \
+      .Attr("full_weight: string = '1'")                                 \
+      .Attr("label_smoothing: string = '0'")                             \
+      .Attr("epsilon: string = '1e-7'")                                  \
+      .Attr("temperature: string = '1'")                                 \
+      .Attr("z_loss: string = '0'")                                      \
+      .Attr("softcap: string = '0'")                                     \
+      .Attr("focal: bool = false")                                       \
+      .Attr("gamma: string = '0'")                                       \
+      .Attr("prediction_weight: string = '1'")                           \
       .Attr("blended_weight: string = '0'")
 
 REGISTER_OP("Fusedloss>SoftmaxXent")
-    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("predictions: parts * T")
+    .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("metrics: int >= 0 = 0")
+    .Input("predictions: parts * T")
     .Input("targets: Targets")
+    .Input("subset: Subset")
     .Input("class_weight: A")
-    .Input("subset: int64")
     .Output("loss: A")
     .Output("stats: A")
+    .Output("residuals: metrics * A")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXent", c); });
 FUSEDLOSS_OP("Fusedloss>SoftmaxXent", ForwardShapes, Workspace<kForward>,
              FUSEDLOSS_FOR_DTYPE(Forward, kForward));
@@ -242,8 +335,8 @@ REGISTER_OP("Fusedloss>SoftmaxXentGrad")
     .FUSEDLOSS_SOFTMAX_XENT_ATTRS.Input("dloss: A")
     .Input("predictions: parts * T")
     .Input("targets: Targets")
+    .Input("subset: Subset")
     .Input("class_weight: A")
-    .Input("subset: int64")
     .Input("stats: A")
     .Output("dpredictions: parts * T")
     .SetShapeFn([](InferenceContext* c) { return InferShapes("Fusedloss>SoftmaxXentGrad", c); });
@@ -253,13 +346,15 @@ FUSEDLOSS_OP("Fusedloss>SoftmaxXentGrad", GradShapes, Workspace<kGrad>,
 #define FUSEDLOSS_SOFTMAX_XENT_REDUCED                            \
   FUSEDLOSS_SOFTMAX_XENT_ATTRS.Attr("reduction: {'sum', 'mean'}") \
       .Attr("replicas: int >= 1 = 1")                             \
+      .Attr("metrics: int >= 0 = 0")                              \
       .Input("predictions: parts * T")                            \
       .Input("targets: Targets")                                  \
+      .Input("subset: Subset")                                    \
       .Input("class_weight: A")                                   \
-      .Input("subset: int64")                                     \
       .Input("row_weight: A")                                     \
       .Output("loss: A")                                          \
-      .Output("gradients: parts * T")
+      .Output("gradients: parts * T")                             \
+      .Output("residuals: metrics * A")
 
 REGISTER_OP("Fusedloss>SoftmaxXentReduced")
     .FUSEDLOSS_SOFTMAX_XENT_REDUCED.SetShapeFn([](InferenceContext* c) {

@@ -62,6 +62,8 @@ DataType DataTypeOf(ffi::DataType dtype) {
       return tensorflow::DT_HALF;
     case ffi::DataType::BF16:
       return tensorflow::DT_BFLOAT16;
+    case ffi::DataType::PRED:
+      return tensorflow::DT_BOOL;
     case ffi::DataType::S32:
       return tensorflow::DT_INT32;
     case ffi::DataType::S64:

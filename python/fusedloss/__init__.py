@@ -28,13 +28,26 @@ if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
         "fusedloss needs Keras 3, but TF_USE_LEGACY_KERAS asks TensorFlow for tf_keras: unset it."
     )
 
-from fusedloss import _lib, losses, metrics, models, nn, reference
+from fusedloss import _lib, layers, losses, metrics, models, nn, reference
 from fusedloss._loss import load_model
+from fusedloss.fuse import fuse, register
 from fusedloss.penalty import Penalty
 
 _lib.ops()  # Loads the library, or says now why there is none.
 
-__all__ = ["Penalty", "backend", "load_model", "losses", "metrics", "models", "nn", "reference"]
+__all__ = [
+    "Penalty",
+    "backend",
+    "fuse",
+    "layers",
+    "load_model",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "reference",
+    "register",
+]
 
 
 def backend():

@@ -168,6 +168,7 @@ class CompiledLoss:
         inputs,
         row_inputs,
         reference,
+        residuals=None,
         differentiates_targets=False,
     ):
         """Registers the derivatives; the library itself may be missing.
@@ -177,9 +178,12 @@ class CompiledLoss:
           attributes: names of the attributes that the ops share.
           inputs: of the op of the rows: for each the attribute that holds the length of the list,
             or None for one tensor.
-          row_inputs: how many of these, the predictions first, have rows; 0 if rows depend on each
-            other, so that no loop over calls is one call.
+          row_inputs: how many of these, the predictions first, have rows, or a function that says
+            it from `get_attr`, by the name of an attribute; 0 if rows depend on each other, so that
+            no loop over calls is one call.
           reference: `reference(*inputs, **attributes)`, the loss of every row in plain TensorFlow.
+          residuals: the attribute that holds the length of the output `residuals` of the ops of
+            rows and the reduced ones, if they have this output. It has no gradient.
           differentiates_targets: whether the kernels can make the gradients in the second input
             too. Then their ops have an attribute `differentiated`, the number of gradients.
         """
@@ -188,6 +192,7 @@ class CompiledLoss:
         self._inputs = inputs
         self._row_inputs = row_inputs
         self._reference = reference
+        self._residuals = residuals
         self.differentiates_targets = differentiates_targets
         op_type = "Fusedloss>" + name.title().replace("_", "")
         tf.RegisterGradient(op_type)(self._rows_gradient)
@@ -204,7 +209,7 @@ class CompiledLoss:
         return getattr(_lib.ops(), f"fusedloss_{self._name}{suffix}")(*inputs, **attributes)
 
     def rows(self, *inputs, **attributes):
-        """A list: the loss of every row, and the stats for `gradient` if there are any."""
+        """A list: the loss of every row, the stats for `gradients` if there are any, residuals."""
         return tf.nest.flatten(self._op("", *inputs, **attributes))
 
     def gradients(self, *inputs, **attributes):
@@ -212,7 +217,7 @@ class CompiledLoss:
         return tf.nest.flatten(self._op("_grad", *inputs, **attributes))
 
     def reduced(self, *inputs, penalized=None, **attributes):
-        """The reduced loss and, if there is any, the penalty.
+        """The reduced loss with the penalty, if there is any, and the list of residuals.
 
         Args:
           inputs: those of `rows`, row_weight.
@@ -224,12 +229,21 @@ class CompiledLoss:
             recorded = should_record_backprop(targets)
             attributes["differentiated"] = len(predictions) + recorded * len(targets)
         if penalized is None:
-            return self._op("_reduced", *inputs, **attributes)[0]
-        outputs = self._op("_reduced_penalized", *inputs, *penalized, **attributes)
-        return outputs.loss + outputs.penalty
+            outputs = self._op("_reduced", *inputs, **attributes)
+            loss = outputs.loss
+        else:
+            outputs = self._op("_reduced_penalized", *inputs, *penalized, **attributes)
+            loss = outputs.loss + outputs.penalty
+        return loss, outputs.residuals if self._residuals else []
 
     def _attributes_of(self, op):
         return {name: op.get_attr(name) for name in self._attributes}
+
+    def _attributes_with_residuals(self, op):
+        attributes = self._attributes_of(op)
+        if self._residuals:
+            attributes[self._residuals] = op.get_attr(self._residuals)
+        return attributes
 
     def _lengths_of(self, op):
         return tuple(None if name is None else op.get_attr(name) for name in self._inputs)
@@ -252,8 +266,13 @@ class CompiledLoss:
             gradients[count:] = _with_nones(others(), inputs)[count:]
         return gradients
 
+    def _residuals_of(self, op):
+        """How many outputs are residuals."""
+        return op.get_attr(self._residuals) if self._residuals else 0
+
     def _rows_gradient(self, op, dloss, *_):
         gradients, _ = self._derivatives_of(op)
+        stats = op.outputs[1 : len(op.outputs) - self._residuals_of(op)]
         attributes, lengths = self._attributes_of(op), self._lengths_of(op)
         count = _count(lengths[:1])
         if self.differentiates_targets:
@@ -266,7 +285,7 @@ class CompiledLoss:
             op,
             op.inputs,
             count,
-            lambda: self.gradients(dloss, *inputs, *op.outputs[1:], **attributes),
+            lambda: self.gradients(dloss, *inputs, *stats, **attributes),
             lambda: gradients(dloss, *op.inputs),
         )
 
@@ -276,7 +295,8 @@ class CompiledLoss:
         inputs, stats = op.inputs[:count], op.inputs[count:]
         return [*_with_nones(second(list(ddgradients), *inputs), inputs), *(None for _ in stats)]
 
-    def _reduced_gradient(self, op, dloss, *dgradients):
+    def _reduced_gradient(self, op, dloss, *others):
+        dgradients = others[: len(others) - self._residuals_of(op)]
         reduction = (op.get_attr("reduction"), op.get_attr("replicas"))
         gradients, second = self._derivatives_of(op, reduction)
         inputs = op.inputs[: _count(self._lengths_of(op)) + 1]
@@ -291,7 +311,7 @@ class CompiledLoss:
 
     def _penalized_gradient(self, op, dloss, *others):
         penalized = op.inputs[_count(self._lengths_of(op)) + 1 :]
-        # After the gradients come the penalty and the gradient of each variable.
+        # After gradients and residuals come the penalty and the gradient of each variable.
         count = len(others) - len(penalized)
         return [
             *self._reduced_gradient(op, dloss, *others[:count]),
@@ -304,7 +324,10 @@ class CompiledLoss:
         Rows may have any number of axes: one call does the work of all iterations.
         """
         lengths = self._lengths_of(pfor_input)
-        split, end = first + _count(lengths[: self._row_inputs]), first + _count(lengths)
+        row_inputs = self._row_inputs
+        if callable(row_inputs):
+            row_inputs = row_inputs(pfor_input.get_attr)
+        split, end = first + _count(lengths[:row_inputs]), first + _count(lengths)
         pfor_input.stack_inputs(range(first, split))
         stacked = [pfor_input.stacked_input(i) for i in range(first, split)]
         unstacked = [pfor_input.unstacked_input(i) for i in range(split, end)]
@@ -312,7 +335,8 @@ class CompiledLoss:
 
     def _vectorize_rows(self, pfor_input):
         inputs = self._stacked(pfor_input, 0)
-        return [wrap(x) for x in self.rows(*inputs, **self._attributes_of(pfor_input))]
+        attributes = self._attributes_with_residuals(pfor_input)
+        return [wrap(x) for x in self.rows(*inputs, **attributes)]
 
     def _vectorize_gradient(self, pfor_input):
         attributes, lengths = self._attributes_of(pfor_input), self._lengths_of(pfor_input)
@@ -337,7 +361,9 @@ class CompiledLoss:
         # One reduction an iteration, where the op has one a call: made of the other two.
         attributes = self._attributes_of(pfor_input)
         inputs = self._stacked(pfor_input, 0)
-        loss, *stats = self.rows(*inputs, **attributes)
+        loss, *stats = self.rows(*inputs, **self._attributes_with_residuals(pfor_input))
+        count = len(stats) - self._residuals_of(pfor_input)
+        stats, residuals = stats[:count], stats[count:]
         row_weight, is_stacked, _ = pfor_input.input(_count(self._lengths_of(pfor_input)))
         if not is_stacked and row_weight.shape == [0]:
             dloss = tf.ones_like(loss)
@@ -348,7 +374,7 @@ class CompiledLoss:
             dloss = tf.math.divide_no_nan(dloss, tf.cast(rows, dloss.dtype))
         total = tf.reduce_sum(dloss * loss, axis=list(range(1, loss.shape.rank)))
         gradients = self.gradients(dloss, *inputs, *stats, **attributes)
-        return [wrap(total), *(wrap(gradient) for gradient in gradients)]
+        return [wrap(x) for x in (total, *gradients, *residuals)]
 
     def _vectorize_penalized(self, pfor_input):
         places = range(_count(self._lengths_of(pfor_input)) + 1, pfor_input.num_inputs)

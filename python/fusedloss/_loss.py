@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     shape: tf.TensorShape  # of the losses: those axes
     counted: tf.Tensor | None  # bool, of that shape: the rows that belong to a mean; None: all
     formula: Any  # the rest; `formula.arrays(dtype)` are the inputs that have no rows
+    given: tuple = ()  # y_true and y_pred as the loss was called with them
 
     @property
     def prediction(self):
@@ -126,7 +127,8 @@ class FusedLoss(keras.losses.Loss):
         return cls(**{**config, "penalty": penalty})
 
     def _converted(self, y_true, y_pred):
-        return self._rows(tf.convert_to_tensor(y_true), self._cast(y_pred))
+        rows = self._rows(tf.convert_to_tensor(y_true), self._cast(y_pred))
+        return rows._replace(given=(y_true, y_pred))
 
     def _cast(self, y_pred):
         y_pred = tf.convert_to_tensor(y_pred)
@@ -183,7 +185,7 @@ class FusedLoss(keras.losses.Loss):
 
     def _reduced_loss(self, rows, row_weight, penalized, reduction, replicas):
         """Sum of row_weight * loss, over rows * replicas if `reduction` is "mean", plus penalty."""
-        return self._compiled.reduced(
+        loss, residuals = self._compiled.reduced(
             rows.predictions,
             rows.targets,
             *rows.formula.arrays(row_weight.dtype),
@@ -193,6 +195,11 @@ class FusedLoss(keras.losses.Loss):
             replicas=replicas,
             **self._encoded(rows.formula),
         )
+        self._keep(residuals, rows)
+        return loss
+
+    def _keep(self, residuals, rows):
+        """What a loss does with the residuals of the op that has made it."""
 
 
 def _broadcasts_to(weight, rows):

@@ -1,7 +1,8 @@
 """How speed, memory and error are measured, for `fusedloss bench` and `benchmarks/`.
 
-Every number is that of a loss and its gradient with respect to predictions and weights, in one
-`tf.function` whose inputs are arguments and variables: TensorFlow folds a loss of constants away.
+Every number is that of a loss and its gradient with respect to predictions and weights, or of a
+loss alone where a case says so, in one `tf.function` whose inputs are arguments and variables:
+TensorFlow folds a loss of constants away.
 """
 
 import math
@@ -22,6 +23,7 @@ from fusedloss.cases._case import Loss, Shape, Weights
 MODES = ("graph", "xla")
 FUSED = "fusedloss"
 FUSED_FLOAT32 = "fusedloss float32"
+FUSED_PLAIN = "fusedloss plain"
 # Keys of what is timed beside the forms.
 TRAFFIC, ARITHMETIC = "bare traffic", "arithmetic"
 ROUNDS, QUICK_ROUNDS = 20, 5
@@ -47,9 +49,9 @@ class Timing:
     samples_ms: list[float] = field(default_factory=list)
     """Milliseconds of one step, one sample a round."""
     loss_error: float | None = None
-    """|loss - truth| / |truth|."""
+    """|loss - truth| / |truth|; None of another loss, for comparison."""
     gradient_error: float | None = None
-    """max |gradient - truth| / max |truth|, of the worst of several gradients."""
+    """max |gradient - truth| / max |truth|, of the worst of several; None without any, likewise."""
     extra_bytes: int | None = None
     """Peak memory of a step above its inputs and gradients; None where it cannot be read."""
 
@@ -77,7 +79,7 @@ class Result:
     """The bare traffic that stands for them: "copy" (as much written as read) or "triad"."""
     timings: list[Timing]
     traffic_ms: list[float] = field(default_factory=list)
-    """Samples of the bare traffic, scaled to `traffic_bytes`; empty without `_core`."""
+    """Samples of the bare traffic; empty without `_core`."""
     arithmetic_ms: list[float] = field(default_factory=list)
     """Samples of our kernel where memory costs nothing, scaled to all elements and threads."""
 
@@ -137,15 +139,19 @@ def machine() -> dict:
     }
 
 
-def step(loss: Loss, mode: str, inputs: tuple, weights: Weights = ()) -> Callable:
+def step(
+    loss: Loss, mode: str, inputs: tuple, weights: Weights = (), evaluation: bool = False
+) -> Callable:
     """(*inputs) -> (loss, gradients) in a graph of its own, as a training step has it.
 
     The gradients are those of the last input, the predictions of one layer or of several, and of
-    the weights. Traced for inputs like those given.
+    the weights; there are none in an evaluation. Traced for inputs like those given.
     """
 
     @tf.function(jit_compile=mode == "xla")
     def run(*inputs):
+        if evaluation:
+            return loss(*inputs), []
         predictions = tf.nest.flatten(inputs[-1:])
         with tf.GradientTape() as tape:
             tape.watch(predictions)
@@ -160,6 +166,8 @@ def losses_of(case: Case, setting: Setting, weights: Weights = ()) -> dict[str, 
     forms = {FUSED: case.fused(setting.shape, weights), **case.stock(setting.shape, weights)}
     if setting.goal.float32:
         forms[FUSED_FLOAT32] = forms[FUSED]
+    if case.plain:
+        forms[FUSED_PLAIN] = case.plain(setting.shape)
     return forms
 
 
@@ -204,7 +212,7 @@ def bare_traffic(case: Case, setting: Setting) -> tuple[str, int]:
     """The plain memory traffic nearest to that of the case.
 
     Returns:
-      "copy" or "triad" (two reads for a write), and the arrays of `bytes_written` it moves.
+      "copy" or "triad" (two reads for a write), and the arrays it moves.
     """
     read = case.bytes_read(setting.shape, setting.dtype)
     written = case.bytes_written(setting.shape, setting.dtype)
@@ -235,23 +243,26 @@ def in_cache_step(case: Case, setting: Setting) -> Callable[[], object] | None:
 
 
 def exact(case: Case, inputs: list, weights: list) -> tuple[float, list[np.ndarray]]:
-    """Loss and gradients of the whole batch, from NumPy arrays.
+    """Loss and gradients of the whole batch, from NumPy arrays; no gradients of an evaluation.
 
     `case.truth` is given chunks of rows that keep its temporaries small, if rows are independent.
     """
     loss, gradients = 0.0, []
     layers = zip(*(x if isinstance(x, tuple) else [x] for x in inputs), strict=True)
-    for targets, predictions in layers:
+    for *targets, predictions in layers:
         rows = len(predictions)
         gradient = np.empty(predictions.shape)
         chunk = max(1, TRUTH_BYTES // (gradient[:1].nbytes or 1)) if case.independent_rows else rows
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             share = len(predictions[part]) / rows
-            part_loss, part_gradient = case.truth(targets[part], predictions[part])
+            of_part = [x[part] for x in (*targets, predictions)]
+            part_loss, part_gradient = case.truth(*of_part)
             loss += share * part_loss
-            gradient[part] = share * part_gradient
-        gradients.append(gradient)
+            if not case.evaluation:
+                gradient[part] = share * part_gradient
+        if not case.evaluation:
+            gradients.append(gradient)
     for weight in weights:
         value, gradient = case.penalty_truth(weight)
         loss += value
@@ -259,18 +270,18 @@ def exact(case: Case, inputs: list, weights: list) -> tuple[float, list[np.ndarr
     return loss, gradients
 
 
-def errors(measured: tuple, truth: tuple[float, list[np.ndarray]]) -> tuple[float, float]:
+def errors(measured: tuple, truth: tuple[float, list[np.ndarray]]) -> tuple[float, float | None]:
     """Relative errors of the loss and of the worst gradient: see Timing."""
     loss, gradients = measured
     truth_loss, truth_gradients = truth
-    gradient_error = 0.0
+    of_gradients = []
     for gradient, truth_gradient in zip(gradients, truth_gradients, strict=True):
         largest = worst = 0.0
         for row, truth_row in zip(gradient.numpy(), truth_gradient, strict=True):
             worst = max(worst, np.abs(row.astype(np.float64) - truth_row).max())
             largest = max(largest, np.abs(truth_row).max())
-        gradient_error = max(gradient_error, float(worst / largest))
-    return abs(float(loss) - truth_loss) / abs(truth_loss), gradient_error
+        of_gradients.append(float(worst / largest))
+    return abs(float(loss) - truth_loss) / abs(truth_loss), max(of_gradients, default=None)
 
 
 def blank(case: Case, setting: Setting) -> Result:
@@ -308,12 +319,14 @@ def prepare(case: Case, setting: Setting) -> tuple[Result, dict[str, Callable[[]
         inputs = given
         if timing.form == FUSED_FLOAT32:
             inputs = [tf.cast(x, "float32") if x.dtype.is_floating else x for x in given]
-        run = step(forms[timing.form], timing.mode, inputs, weights)
-        timing.loss_error, timing.gradient_error = errors(run(*inputs), truth)
+        run = step(forms[timing.form], timing.mode, inputs, weights, case.evaluation)
+        measured = run(*inputs)
+        if timing.form != FUSED_PLAIN:
+            timing.loss_error, timing.gradient_error = errors(measured, truth)
         calls[timing.key] = lambda run=run, inputs=inputs: run(*inputs)[0].numpy()
     if _core:
         kind, streams = bare_traffic(case, setting)
-        size = case.bytes_written(setting.shape, setting.dtype) // 4
+        size = max(1, result.traffic_bytes // (4 * streams))
         # Made once: a copy into fresh pages costs several times the traffic.
         buffers = [np.ones(size, np.float32) for _ in range(streams)]
         calls[TRAFFIC] = lambda: getattr(_core, kind)(*buffers, threads())
@@ -327,9 +340,7 @@ def record(result: Result, samples: dict[str, list[float]], case: Case, setting:
     for timing in result.timings:
         timing.samples_ms = samples[timing.key]
     if TRAFFIC in samples:
-        _, streams = bare_traffic(case, setting)
-        moved = streams * case.bytes_written(setting.shape, setting.dtype)
-        result.traffic_ms = [ms * result.traffic_bytes / moved for ms in samples[TRAFFIC]]
+        result.traffic_ms = samples[TRAFFIC]
     if ARITHMETIC in samples:
         elements = math.prod(in_cache_shape(case, setting)) * threads()
         growth = math.prod(setting.shape) / elements

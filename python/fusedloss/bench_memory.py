@@ -55,13 +55,15 @@ def _main(words: list[str]) -> None:
 
     peaks = []
     for name, shape, dtype in zip(words[0::3], words[1::3], words[2::3], strict=True):
-        setting = Setting(parse_shape(shape), dtype)
-        inputs, weights = sample(CASES[name], setting)
+        case, setting = CASES[name], Setting(parse_shape(shape), dtype)
+        inputs, weights = sample(case, setting)
         peaks.append(
             {
-                f"{mode} {form}": _extra_bytes(step(loss, mode, inputs, weights), inputs)
+                f"{mode} {form}": _extra_bytes(
+                    step(loss, mode, inputs, weights, case.evaluation), inputs
+                )
                 for mode in MODES
-                for form, loss in losses_of(CASES[name], setting, weights).items()
+                for form, loss in losses_of(case, setting, weights).items()
             }
         )
     json.dump(peaks, sys.stdout)

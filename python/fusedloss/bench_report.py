@@ -3,7 +3,7 @@
 import numpy as np
 from rich.table import Table
 
-from fusedloss.bench import FUSED_FLOAT32, MODES, Result, Timing
+from fusedloss.bench import FUSED_FLOAT32, FUSED_PLAIN, MODES, Result, Timing
 
 MODE_TITLES = {"graph": "graph", "xla": "XLA"}
 MEMORY_LIMIT_BYTES, MEMORY_LIMIT_ROW_BYTES = 1 << 20, 16
@@ -25,6 +25,10 @@ def _number(value: float | None, digits: int = 3) -> str:
     if value == 0 or abs(value) < 1e-3:
         return f"{value:.0e}" if value else "0"
     return f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))}f}"
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0e}"
 
 
 def timings_table(result: Result) -> Table:
@@ -50,8 +54,8 @@ def timings_table(result: Result) -> Table:
             f"{traffic_ms / timing.median_ms:.0%}" if traffic_ms and own_traffic else "–",
             _number(ratio(result, timing)),
             _number(extra),
-            f"{timing.loss_error:.0e}",
-            f"{timing.gradient_error:.0e}",
+            _error(timing.loss_error),
+            _error(timing.gradient_error),
         )
     if traffic_ms:
         table.add_section()
@@ -92,12 +96,12 @@ def verdicts(result: Result) -> list[tuple[str, str, str, bool | None]]:
                     times <= result.goal.floor if floor else None,
                 )
             )
-    if result.goal.float32 is not None:
-        for mode in MODES:
-            share = result.fused(mode).median_ms / result.timing(mode, FUSED_FLOAT32).median_ms
-            asked = result.goal.float32
+    for name, form in (("float32", FUSED_FLOAT32), ("plain", FUSED_PLAIN)):
+        asked = getattr(result.goal, name)
+        for mode in MODES if asked is not None else ():
+            share = result.fused(mode).median_ms / result.timing(mode, form).median_ms
             found.append(
-                (f"float32 {MODE_TITLES[mode]}", f"{share:.2f}×", f"≤ {asked:g}×", share <= asked)
+                (f"{name} {MODE_TITLES[mode]}", f"{share:.2f}×", f"≤ {asked:g}×", share <= asked)
             )
     limit = MEMORY_LIMIT_BYTES + MEMORY_LIMIT_ROW_BYTES * result.rows
     extras = [result.fused(mode).extra_bytes for mode in MODES]

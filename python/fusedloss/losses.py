@@ -11,12 +11,17 @@ from fusedloss.pointwise import (
     MeanSquaredError,
     Quantile,
 )
-from fusedloss.softmax_xent import CategoricalCrossentropy, SparseCategoricalCrossentropy
+from fusedloss.softmax_xent import (
+    CategoricalCrossentropy,
+    CategoricalFocalCrossentropy,
+    SparseCategoricalCrossentropy,
+)
 
 __all__ = [
     "BinaryCrossentropy",
     "BlendedLoss",
     "CategoricalCrossentropy",
+    "CategoricalFocalCrossentropy",
     "FeatureDistance",
     "Huber",
     "LogCosh",

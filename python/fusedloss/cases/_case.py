@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 Shape = tuple[int, ...]
-# (targets, predictions) -> scalar loss, the mean over the rows; of a penalty alone () -> scalar.
+# (*targets, predictions) -> scalar loss, the mean over the rows; of a penalty alone () -> scalar.
 Loss = Callable[..., object]
 Weights = list[tf.Variable]
 
@@ -24,6 +24,8 @@ class Goal:
     """At most this many times the longer of the bare traffic and the in-cache arithmetic."""
     float32: float | None = None
     """At most this share of the time that the same step takes on float32 predictions."""
+    plain: float | None = None
+    """At most this many times the time of `Case.plain`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One loss as it is measured: loss and gradient with respect to predictions and weights.
+    """One loss as it is measured: with its gradient with respect to predictions and weights.
 
     `shape` is the shape of the predictions; its first axis is the batch. Of a penalty alone it is
     (number of variables, size of the largest).
@@ -51,21 +53,26 @@ class Case:
     """Dtypes of the predictions that the case can be measured with."""
     settings: tuple[Setting, ...]
     sample: Callable[[np.random.Generator, Shape, str], tuple]
-    """(generator, shape, dtype) -> (targets, predictions), tensors or tuples of them, one a layer;
+    """(generator, shape, dtype) -> (*targets, predictions), tensors or tuples of them, one a layer;
     of a penalty alone ()."""
     fused: Callable[[Shape, Weights], Loss]
     stock: Callable[[Shape, Weights], dict[str, Loss]]
     """The forms a user of Keras would write, by name; the fastest one counts."""
-    truth: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]] | None
-    """(targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows, of
-    which the sum over the layers is the truth; None of a penalty alone."""
-    raw: Callable[[np.ndarray, np.ndarray], Callable[[], object] | None] | None
-    """(targets, predictions) -> our kernel on them, on one thread and without TensorFlow; None for
+    truth: Callable[..., tuple[float, np.ndarray | None]] | None
+    """(*targets, predictions) -> (loss, gradient) in float64, both of the mean over the rows, of
+    which the sum over the layers is the truth; None of a penalty alone. The gradient is None in an
+    evaluation."""
+    raw: Callable[..., Callable[[], object] | None] | None
+    """(*targets, predictions) -> our kernel on them, on one thread and without TensorFlow; None for
     dtypes that `_core` does not take. It is timed where everything stays in the L2 cache."""
     bytes_read: Callable[[Shape, str], int]
     """Bytes that any implementation must read."""
     bytes_written: Callable[[Shape, str], int]
     """Bytes that any implementation must write."""
+    evaluation: bool = False
+    """Whether the loss alone is measured, as in `evaluate`, without a gradient."""
+    plain: Callable[[Shape], Loss] | None = None
+    """Ours without the options whose price is asked; it has another truth."""
     independent_rows: bool = True
     """Whether the truth of some rows is that of these rows alone."""
     weights: Callable[[np.random.Generator, Shape, str], Weights] = lambda rng, shape, dtype: []

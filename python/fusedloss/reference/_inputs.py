@@ -18,6 +18,14 @@ def number(name, given):
         raise ValueError(f"`{name}` must be a number. Got {given!r}.") from None
 
 
+def positive(name, given):
+    """`given` as a float; ValueError if it is not finite and greater than 0."""
+    value = number(name, given)
+    if not 0 < np.float32(value) < math.inf:
+        raise ValueError(f"`{name}` must be finite and greater than 0. Got {value}.")
+    return value
+
+
 def weight(name, given):
     """`given` as a float; ValueError if it is not finite or negative."""
     value = number(name, given)

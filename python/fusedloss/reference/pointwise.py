@@ -31,6 +31,7 @@ from fusedloss.reference._inputs import (
     loss_dtype,
     number,
     numbers,
+    positive,
     same_rank,
     weights,
 )
@@ -53,10 +54,7 @@ class Formula:
 
     @classmethod
     def huber(cls, delta, output_weights):
-        delta = number("delta", delta)
-        if not 0 < np.float32(delta) < math.inf:
-            raise ValueError(f"`delta` must be finite and greater than 0. Got {delta}.")
-        return cls.parse("huber", output_weights, parameter=delta)
+        return cls.parse("huber", output_weights, parameter=positive("delta", delta))
 
     @classmethod
     def quantile(cls, quantile, output_weights):
