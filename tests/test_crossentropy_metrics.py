@@ -333,6 +333,52 @@ def test_numbers_are_those_of_the_targets_given():
     assert metric(best, y_pred) == 1
 
 
+@pytest.mark.parametrize("changed", ["labels", "logits"])
+def test_what_can_change_is_measured_anew(changed):
+    labels, logits = np.array([0, 1]), tf.Variable([[1.0, 0.0], [0.0, 1.0]])
+    if changed == "labels":
+        logits = tf.convert_to_tensor(logits)
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = metrics.CrossentropyMetric(loss)
+    loss(labels, logits)
+    assert accuracy(labels, logits) == 1
+    if changed == "labels":
+        labels[:] = [1, 0]
+    else:
+        logits.assign(1 - logits)
+    accuracy.reset_state()
+    assert accuracy(labels, logits) == 0
+
+
+@pytest.mark.parametrize("name", ["compiled", "reference"])
+@pytest.mark.parametrize(
+    "logits, label, rank",
+    [([3, np.nan, 1], 0, 1), ([3, np.nan, 1], 1, 3), ([np.nan] * 3, 0, 3), ([np.nan, 1, 2], 2, 1)],
+)
+def test_nan_counts_as_higher(name, logits, label, rank, monkeypatch):
+    if name == "reference":
+        monkeypatch.setattr(_lib, "ops", lambda: None)
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    row = loss.row_metrics(np.array([label]), np.array([logits], np.float32))
+    assert row[0, 0] == rank
+
+
+def test_a_row_of_weight_0_hides_its_nan():
+    loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+    logits = np.array([[np.nan, 1], [0, 0]], np.float32)
+    entropy = metrics.CrossentropyMetric(loss, "entropy")
+    assert entropy([0, 1], logits, sample_weight=[0, 1]) == pytest.approx(np.log(2))
+
+
+@pytest.mark.parametrize("top_k", [0, 1.5, True, [2, 2], [3, -1]])
+def test_a_number_of_best_classes_is_positive_and_listed_once(top_k):
+    loss = losses.CategoricalCrossentropy()
+    with pytest.raises(
+        ValueError, match="`top_k` must be positive integers, each listed once. Got"
+    ):
+        metrics.crossentropy_metrics(loss, top_k)
+
+
 def test_nothing_of_a_graph_is_used_outside_of_it():
     labels, logits = (tf.constant(x) for x in labels_and_logits())
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -54,6 +54,14 @@ ARGUMENTS = {
         {"temperature": 0},
         "`temperature` must be finite and greater than 0. Got 0",
     ),
+    "temperature without a reciprocal": (
+        {"temperature": 1e-39},
+        r"`temperature` must lie in \[2\*\*-126, 2\*\*126\]. Got 1e-39",
+    ),
+    "softcap without a reciprocal": (
+        {"softcap": 1e38},
+        r"`softcap` must lie in \[2\*\*-126, 2\*\*126\]. Got 1e\+38",
+    ),
     "negative temperature": ({"temperature": -0.5}, "`temperature` must be .* Got -0.5"),
     "infinite temperature": ({"temperature": math.inf}, "`temperature` must be .* Got inf"),
     "temperature of NaN": ({"temperature": math.nan}, "`temperature` must be .* Got nan"),
@@ -503,3 +511,16 @@ def test_a_model_reports_the_loss_that_does_not_fit():
     model.compile("sgd", loss=losses.CategoricalCrossentropy(subset=[0, 9]))
     with pytest.raises(ValueError, match="`subset` holds class 9"):
         model.fit(np.ones([4, 3]), np.ones([4, 5]), verbose=0)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bool"])
+def test_negative_targets_need_a_type_that_has_them(functions, dtype):
+    targets = np.eye(3).astype(dtype)
+    with pytest.raises(TypeError, match=f"negative targets, which {dtype} has none of"):
+        functions.softmax_xent(targets, np.zeros((3, 3), np.float32), mask_negative_targets=True)
+
+
+def test_nan_among_negative_targets_stays(functions):
+    logits = np.array([[1, 2, 3]], np.float32)
+    losses = functions.softmax_xent([[np.nan, 1, -1]], logits, mask_negative_targets=True)
+    assert np.isnan(losses).all()

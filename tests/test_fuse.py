@@ -340,3 +340,9 @@ def test_a_model_compiled_with_a_name_trains_and_is_saved(tmp_path):
         evaluated = [x.evaluate(POINTS, TARGETS["size"], verbose=0) for x in (model, loaded)]
         assert evaluated[0] == evaluated[1]
     assert_one_curve(*curves)
+
+
+@pytest.mark.parametrize("other", [keras.layers.Dense(1), keras.metrics.MeanSquaredError(), 3])
+def test_what_is_no_loss_is_refused(other):
+    with pytest.raises(TypeError, match="`fuse` takes Keras losses"):
+        fusedloss.fuse(other)

@@ -34,7 +34,9 @@
 // The metrics of a row are those of S, or without it of all classes:
 //
 //   rank           how many classes of S score higher than the row's own, its label or the first of
-//                  its greatest targets in S; of equal scores the first is the highest
+//                  its greatest targets in S; of equal scores the first is the highest. A NaN, the
+//                  row's own too, counts as higher. Scores that a softcap rounds to the cap are
+//                  equal
 //   entropy        of the softmax over N, in nats
 //   log_sum_exp    over N, of s; from targets and probabilities log Σ p
 //

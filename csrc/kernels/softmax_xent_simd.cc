@@ -307,11 +307,11 @@ FUSEDLOSS_INLINE void IntoRows(Scratch& scratch, int rows, int64_t classes, T* t
 // its weight times Σ y^F over its sum; and the weight of L_S, 0 in a row that is outside S.
 template <typename A>
 struct RowStats {
-  // Zeros one by one: a structure that is zeroed as a whole takes as long as a short row.
-  Vec<A> subset_peak{}, subset_scale{}, full_peak{}, full_scale{}, subset_weight{};
+  // Left as they are where they are made: zeroing them takes as long as a short row.
+  Vec<A> subset_peak, subset_scale, full_peak, full_scale, subset_weight;
   // Not kept from the forward pass: the sums, and which rows are not outside S.
-  Vec<A> subset_sum{}, full_sum{};
-  Mask<A> inside{};
+  Vec<A> subset_sum, full_sum;
+  Mask<A> inside;
   bool clips = true;  // false: from dense probabilities, known not to reach their bounds
 };
 
@@ -831,6 +831,8 @@ struct Focal {
   const bool smoothing = plan.label_smoothing != 0;
   const A smooth_all = plan.label_smoothing / A(plan.classes);
   const V smooth_in = plan.label_smoothing / tile.SubsetSize();
+  // The cache holds y^F · slope if there is one family: logarithms are taken once.
+  const bool caches = tile.Caches() && plan.has_subset == (plan.full_weight == 0);
 
   template <typename Lanes>
   FUSEDLOSS_INLINE V Target(int64_t c, Lanes lanes) const {
@@ -838,10 +840,10 @@ struct Focal {
     return Keep<A>(tile.IsLabel(c), Set(A(1)));
   }
   FUSEDLOSS_INLINE V Power(V x, V peak) const { return kDivides ? x : softmax.Power(x, peak); }
-  FUSEDLOSS_INLINE V PowerOfGamma(V x) const {
-    if (plan.gamma == A(0)) return Set(A(1));
-    if (plan.gamma == A(1)) return x;
-    return plan.gamma == A(2) ? x * x : Exp<A>(plan.gamma * LogOfNormal<A>(x));
+  // x^gamma / x
+  FUSEDLOSS_INLINE V PowerBelowGamma(V x) const {
+    if (plan.gamma == A(1)) return Set(A(1));
+    return plan.gamma == A(2) ? x : Exp<A>(plan.gamma * LogOfNormal<A>(x)) / x;
   }
 
   // −(1 − q)^gamma · log q of q = clip(share), and its derivative in the share.
@@ -850,9 +852,9 @@ struct Focal {
   };
   FUSEDLOSS_INLINE Term TermOf(V share) const {
     V q = softmax.Clip(share), rest = A(1) - q;
-    V log = Log<A>(q), power = PowerOfGamma(rest);
+    V log = Log<A>(q), below = PowerBelowGamma(rest), power = below * rest;
     Mask<A> between = ~((share < plan.lowest) | (share > plan.highest));
-    return {-power * log, Keep<A>(between, plan.gamma * power / rest * log - power / q)};
+    return {-power * log, Keep<A>(between, plan.gamma * below * log - power / q)};
   }
 
   // What both families have at a vector of classes.
@@ -869,9 +871,11 @@ struct Focal {
     if (kDivides && !counts) return at;  // one-hot rows are nearly all zeros
     V x = tile.Prediction(c, lanes);
     Mask<A> in = tile.InSubset(c, lanes);
-    if (full) at.full_share = Power(x, stats.full_peak) / stats.full_sum;
+    if (full) at.full_share = Power(x, stats.full_peak) * (A(1) / stats.full_sum);
     at.subset_share = at.full_share;
-    if (subset) at.subset_share = Keep<A>(in, Power(x, stats.subset_peak) / stats.subset_sum);
+    if (subset) {
+      at.subset_share = Keep<A>(in, Power(x, stats.subset_peak) * (A(1) / stats.subset_sum));
+    }
     if (!counts) return at;
     const V weight = tile.ClassWeight(c, lanes);
     target *= plan.one_minus_smoothing;
@@ -908,12 +912,13 @@ struct Focal {
     tile.Each(
         [&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
           const Classes at = At(c, lanes, stats);
+          V full_slope = Times(at.full_target, at.full_term.slope);
+          V subset_slope = Times(at.subset_target, at.subset_term.slope);
+          if (caches) tile.Cache(c, plan.has_subset ? subset_slope : full_slope);
           full_nats += KeepLanes<A>(lanes, Times(at.full_target, at.full_term.nats));
-          full_dot +=
-              KeepLanes<A>(lanes, Times(at.full_target, at.full_term.slope * at.full_share));
+          full_dot += KeepLanes<A>(lanes, Times(full_slope, at.full_share));
           subset_nats += KeepLanes<A>(lanes, Times(at.subset_target, at.subset_term.nats));
-          subset_dot +=
-              KeepLanes<A>(lanes, Times(at.subset_target, at.subset_term.slope * at.subset_share));
+          subset_dot += KeepLanes<A>(lanes, Times(subset_slope, at.subset_share));
         },
         [&] { EndRuns(full_nats, full_dot, subset_nats, subset_dot); });
     V loss{};
@@ -936,18 +941,31 @@ struct Focal {
   FUSEDLOSS_INLINE void Backward(const RowStats<A>& stats, V cotangent) const {
     const V full_weight = plan.full_weight * cotangent;
     const V subset_weight = stats.subset_weight * cotangent;
+    const V full_divisor = A(1) / stats.full_sum, subset_divisor = A(1) / stats.subset_sum;
     tile.EachAligned([&](int64_t c, auto lanes, auto) FUSEDLOSS_FLATTEN {
-      const Classes at = At(c, lanes, stats);
+      V full_slope, full_share, subset_slope, subset_share;
+      if (caches) {
+        full_slope = subset_slope = tile.Cached(c);
+        V x = kDivides ? V{} : tile.Prediction(c, lanes);
+        if (full) full_share = Power(x, stats.full_peak) * full_divisor;
+        subset_share = subset ? Power(x, stats.subset_peak) * subset_divisor : full_share;
+      } else {
+        const Classes at = At(c, lanes, stats);
+        full_slope = Times(at.full_target, at.full_term.slope);
+        subset_slope = Times(at.subset_target, at.subset_term.slope);
+        full_share = at.full_share;
+        subset_share = at.subset_share;
+      }
       V pull{};
       if (plan.full_weight != 0) {
-        V slope = Times(at.full_target, at.full_term.slope) + stats.full_scale;
-        pull = full_weight * slope * (kDivides ? A(1) / stats.full_sum : at.full_share);
+        pull = full_weight * (full_slope + stats.full_scale);
+        pull *= kDivides ? full_divisor : full_share;
       }
       if (plan.has_subset) {
-        V slope = Times(at.subset_target, at.subset_term.slope) + stats.subset_scale;
-        slope *= kDivides ? A(1) / stats.subset_sum : at.subset_share;
+        V slope = subset_weight * (subset_slope + stats.subset_scale);
+        slope *= kDivides ? subset_divisor : subset_share;
         Mask<A> in = subset ? tile.InSubset(c, lanes) & stats.inside : stats.inside;
-        pull += Keep<A>(in, subset_weight * slope);
+        pull += Keep<A>(in, slope);
       }
       if constexpr (!kLogits && !kDense) {  // d log(clip(p)) / dp
         V p = tile.Prediction(c, lanes);
@@ -1067,7 +1085,7 @@ struct Metrics {
 // Out of line: each of these is large, and stands once for all passes.
 template <typename Formula, typename Tile, typename A = typename Tile::Sums>
 __attribute__((noinline)) Vec<A> Forward(const Tile& tile, RowStats<A>& stats) {
-  RowStats<A> local;
+  RowStats<A> local{};
   Vec<A> loss = Formula{tile}.Forward(local);
   stats = local;
   return loss;
@@ -1126,7 +1144,7 @@ void RunAlong(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
     A* saved = block.stats ? block.stats + row * kStats : nullptr;
     if (!kDense && tile.label < 0) {
       if (block.loss) block.loss[row] = 0;
-      if (saved && pass == Pass::kForward) SaveStats<A>(stats, kRich, 0, saved);
+      if (saved && pass == Pass::kForward) __builtin_memset(saved, 0, kStats * sizeof(A));
       if (block.metrics) Metrics<kLogits, kDense, Tile>::SaveNone(block.metrics + 3 * row);
       if (block.gradient) __builtin_memset(tile.gradient, 0, plan.classes * sizeof(T));
       continue;
@@ -1425,8 +1443,10 @@ void RunAcross(Pass pass, const SoftmaxXentPlan<Accumulator<T>>& plan,
     Tile tile(plan, block, row, rows, scratch, pass == Pass::kBoth);
     RowStats<A> stats;
     if (pass == Pass::kBackward) {
-      for (int r = 0; r < rows; ++r)
-        LoadStats<A>(block.stats + (row + r) * kStats, kRich, r, stats);
+      for (int r = 0; r < kLanes<A>; ++r) {  // lanes without a row repeat the last one
+        const int64_t of_row = row + (r < rows ? r : rows - 1);
+        LoadStats<A>(block.stats + of_row * kStats, kRich, r, stats);
+      }
     } else {
       Vec<A> loss = Keep<A>(tile.active, Forward<Formula>(tile, stats));
       rows == kLanes<A> ? Store(block.loss + row, loss) : StoreFirst(block.loss + row, loss, rows);

@@ -235,10 +235,11 @@ auto RowCheck(const SoftmaxXentArgs<T>& args) {
           args.classes, "), and -1 stands for no candidate."));
     }
     int64_t label = args.labels32 ? args.labels32[bad_row] : args.labels64[bad_row];
-    return absl::InvalidArgumentError(
-        absl::StrCat("`labels` holds ", label, " at position ", bad_row,
-                     " (of the flattened labels), outside [0, ", args.classes, ") for ",
-                     args.classes, " classes. Rows to leave out can be marked by `ignore_class`."));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "`labels` holds ", label, " at position ", bad_row,
+        " (of the flattened labels), outside [0, ", args.classes, ") for ", args.classes,
+        " classes. Rows to leave out can be marked by `ignore_class`, or have any label and a "
+        "sample weight of 0."));
   };
 }
 

@@ -78,7 +78,9 @@ class CrossentropyMetric(keras.metrics.Mean):
             values = rank < self._top
         mask = backend.get_keras_mask(y_pred)
         weights = row_weights(rank >= 0, mask, sample_weight, self.dtype)
-        self.total.assign_add(tf.reduce_sum(tf.cast(values, self.dtype) * weights))
+        # A row that does not count hides its NaN.
+        values = tf.math.multiply_no_nan(tf.cast(values, self.dtype), weights)
+        self.total.assign_add(tf.reduce_sum(values))
         self.count.assign_add(tf.reduce_sum(weights))
 
     def get_config(self):
@@ -94,7 +96,7 @@ def crossentropy_metrics(loss, top_k=None):
     """All that the pass of a cross-entropy can tell: a list of metrics for `compile`.
 
     They are separate, and not one with several results, so that Keras names them after their output
-    where a model has several, and knows which of them go up.
+    where a model has several.
 
     Args:
       loss: see `CrossentropyMetric`. Give the same object to `compile`.
@@ -102,7 +104,8 @@ def crossentropy_metrics(loss, top_k=None):
     Returns:
       Metrics of the names "accuracy", "top_<k>_accuracy" for every k, "entropy", "log_sum_exp".
     Raises:
-      TypeError, ValueError: of `CrossentropyMetric`.
+      TypeError: a loss that `CrossentropyMetric` does not take.
+      ValueError: a `top_k` that is no positive int, or is listed twice.
 
     ```python
     loss = fusedloss.losses.CategoricalCrossentropy(from_logits=True, mask_negative_targets=True)
@@ -110,5 +113,8 @@ def crossentropy_metrics(loss, top_k=None):
     ```
     """
     tops = [] if top_k is None else tf.nest.flatten(top_k)
+    wrong = [k for k in tops if isinstance(k, bool) or not isinstance(k, int) or k < 1]
+    if wrong or len(set(tops)) < len(tops):
+        raise ValueError(f"`top_k` must be positive integers, each listed once. Got {top_k!r}.")
     measures = ["accuracy", *(f"top_{k}_accuracy" for k in tops), "entropy", "log_sum_exp"]
     return [CrossentropyMetric(loss, measure) for measure in measures]

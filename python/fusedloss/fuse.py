@@ -37,7 +37,8 @@ def fuse(x):
     Name, reduction, dtype and all arguments are kept. What has no equivalent stays as it is, and
     one warning names it: functions and subclasses of one's own, losses that this package lacks,
     "crossentropy" and "ce", for which Keras chooses a loss by the shapes of the first batch, and
-    arguments that the fused class does not take, such as a variable. Fused losses stay too.
+    arguments that the fused class does not take, such as a variable. Fused losses stay too. A model
+    is changed between two calls of `fit`, not by a callback within one.
 
     Args:
       x: a `keras.losses.Loss`, its class, a loss function of Keras, a name that `compile` takes,
@@ -85,7 +86,7 @@ def fuse(x):
 
 
 def register():
-    """Makes "fusedloss." before the name of a loss a name that `compile` and Keras know.
+    """Makes "fusedloss." before the name of a loss a name that `compile` and Keras know as a loss.
 
     That is each class of `fusedloss.losses` and each name that Keras has for its counterpart:
     "fusedloss.mse", "fusedloss.mean_squared_error" and "fusedloss.MeanSquaredError" are
@@ -120,7 +121,7 @@ def _fused(loss):
         return loss  # A name that `register` has made known.
     if isinstance(known, keras.losses.Loss):
         return _of_object(known)
-    if not callable(known):
+    if not callable(known) or isinstance(known, keras.layers.Layer | keras.metrics.Metric):
         raise TypeError(
             "`fuse` takes Keras losses, their names, lists or dicts of these, or a compiled model. "
             f"Got {loss!r}."

@@ -70,7 +70,8 @@ class MaskedCrossentropy(keras.layers.Layer):
         Args:
           logits: `[..., classes]`.
           targets: labels `[...]` or `[..., 1]`, or dense targets `[..., classes]`; None: no loss.
-          mask: boolean `[classes]`, or what broadcasts to the logits: the legal classes; True: all.
+          mask: a boolean tensor or array `[classes]`, or what broadcasts to the logits: the legal
+            classes; True: all.
             TensorFlow does not split boolean inputs over replicas: there give the model numbers,
             and the layer `numbers != 0`.
           sample_weight: broadcasts to `[...]`.

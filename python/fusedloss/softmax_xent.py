@@ -390,7 +390,8 @@ class SoftmaxXent(FusedLoss):
     def _keep(self, residuals, rows):
         # On the predictions, as Keras keeps their mask, unless these would outlive the graph.
         y_true, y_pred = rows.given
-        if residuals and _is_here(y_pred):
+        immutable = isinstance(y_true, tf.Tensor) and isinstance(y_pred, tf.Tensor)
+        if residuals and immutable and _is_here(y_pred):
             y_pred._fusedloss_metrics = _Metrics(self, y_true, residuals[0])
 
     def row_metrics(self, y_true, y_pred):

@@ -19,10 +19,15 @@ def number(name, given):
 
 
 def positive(name, given):
-    """`given` as a float; ValueError if it is not finite and greater than 0."""
+    """`given` as a float; ValueError if it is not finite and greater than 0.
+
+    It and its reciprocal have normal numbers in float32.
+    """
     value = number(name, given)
-    if not 0 < np.float32(value) < math.inf:
+    if not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be finite and greater than 0. Got {value}.")
+    if not 2.0**-126 <= value <= 2.0**126:
+        raise ValueError(f"`{name}` must lie in [2**-126, 2**126]. Got {value}.")
     return value
 
 

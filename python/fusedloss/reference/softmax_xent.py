@@ -399,6 +399,11 @@ def aligned(targets, predictions, formula, *, axis, sparse):
       InvalidArgumentError: the last, if the number of classes is only known at run time.
     """
     check_predictions(targets, predictions)
+    if formula.mask_negative and (targets.dtype.is_bool or targets.dtype.is_unsigned):
+        raise TypeError(
+            "`mask_negative_targets` reads negative targets, which "
+            f"{targets.dtype.name} has none of: cast the targets before -1 is put into them."
+        )
     rank = predictions.shape.rank
     if rank == 0:
         raise ValueError("The predictions must have an axis of classes. Got a scalar.")
@@ -521,7 +526,8 @@ def _families(targets, shape, subset, subset_kind, mask_negative, dtype):
         of_subset = targets if of_candidates else _Family(ids, None, targets).pick(targets)
         if mask_negative:
             of_all = tf.where(targets < 0, tf.zeros([], dtype), targets)
-            member = of_subset >= 0 if member is None else member & (of_subset >= 0)
+            legal = ~(of_subset < 0)  # NaN stays, and propagates.
+            member = legal if member is None else member & legal
         if member is not None:
             of_subset = tf.where(member, of_subset, tf.zeros([], dtype))
         if of_candidates:
@@ -710,7 +716,10 @@ def row_metrics(
     chosen = among(part.pick(scores), part)
     of_own = tf.gather(chosen, own, axis=-1, batch_dims=own.shape.rank - 1)
     before = tf.range(tf.shape(chosen, tf.int64)[-1]) < own
-    rank = tf.math.count_nonzero((chosen > of_own) | (before & (chosen == of_own)), -1, dtype=dtype)
+    higher = ~(chosen <= of_own) | (before & (chosen == of_own))  # NaN, too.
+    if part.member is not None:
+        higher &= part.member
+    rank = tf.math.count_nonzero(higher, -1, dtype=dtype)
 
     over = part if normalize == "subset" else everything
     if from_logits or sparse:
