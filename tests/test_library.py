@@ -57,17 +57,27 @@ ACCURACY = (
 
 
 @needs_library
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_every_cpu_version_passes_the_accuracy_tests(level):
+    # The version for this CPU is the one that all the other tests run.
     from fusedloss import _core
 
     levels = _core.build_info()["cpu_levels"]
-    if levels.index(level) > levels.index(_core.cpu_level()):
-        pytest.skip(f"this CPU has no {level}")
+    if levels.index(level) >= levels.index(_core.cpu_level()):
+        pytest.skip(f"{level} is not below the version for this CPU")
     here = os.path.dirname(__file__)
     tests = [os.path.join(here, name) for name in ACCURACY]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not xla and not product", *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-k",
+            "not xla and not graph and not product",
+            *tests,
+        ],
         env={**os.environ, "FUSEDLOSS_CPU": level, "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
