@@ -513,6 +513,7 @@ def test_a_model_reports_the_loss_that_does_not_fit():
         model.fit(np.ones([4, 3]), np.ones([4, 5]), verbose=0)
 
 
+@pytest.mark.parametrize("functions", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("dtype", ["uint8", "bool"])
 def test_negative_targets_need_a_type_that_has_them(functions, dtype):
     targets = np.eye(3).astype(dtype)
@@ -520,6 +521,7 @@ def test_negative_targets_need_a_type_that_has_them(functions, dtype):
         functions.softmax_xent(targets, np.zeros((3, 3), np.float32), mask_negative_targets=True)
 
 
+@pytest.mark.parametrize("functions", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_nan_among_negative_targets_stays(functions):
     logits = np.array([[1, 2, 3]], np.float32)
     losses = functions.softmax_xent([[np.nan, 1, -1]], logits, mask_negative_targets=True)
