@@ -56,11 +56,11 @@ ARGUMENTS = {
     ),
     "temperature without a reciprocal": (
         {"temperature": 1e-39},
-        r"`temperature` must lie in \[2\*\*-126, 2\*\*126\]. Got 1e-39",
+        r"`temperature` must be between 2\*\*-126 and 2\*\*126. Got 1e-39",
     ),
     "softcap without a reciprocal": (
         {"softcap": 1e38},
-        r"`softcap` must lie in \[2\*\*-126, 2\*\*126\]. Got 1e\+38",
+        r"`softcap` must be between 2\*\*-126 and 2\*\*126. Got 1e\+38",
     ),
     "negative temperature": ({"temperature": -0.5}, "`temperature` must be .* Got -0.5"),
     "infinite temperature": ({"temperature": math.inf}, "`temperature` must be .* Got inf"),

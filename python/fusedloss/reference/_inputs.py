@@ -27,7 +27,7 @@ def positive(name, given):
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be finite and greater than 0. Got {value}.")
     if not 2.0**-126 <= value <= 2.0**126:
-        raise ValueError(f"`{name}` must lie in [2**-126, 2**126]. Got {value}.")
+        raise ValueError(f"`{name}` must be between 2**-126 and 2**126. Got {value}.")
     return value
 
 
